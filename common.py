@@ -1,0 +1,272 @@
+"""Images in, images out: what the five scripts share, and nothing of what the papers say.
+
+    load_images     a data set by name, or a folder of your own images, as one uint8 tensor
+    batches         x ~ P_r: endless random batches of it, in [-1, 1], on the device
+    save_images     a grid as one PNG;  save_each: every image as its own;  save_animation: a GIF of grids
+
+Errors are ValueError or OSError, one sentence that names the file or flag and says what to do.
+"""
+import contextlib
+import hashlib
+import os
+import struct
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision import datasets
+from torchvision.transforms import functional as TF
+from torchvision.utils import make_grid
+
+ROOT = Path(__file__).resolve().parent / "data"
+DATASETS = {"mnist": (datasets.MNIST, 1), "fashion-mnist": (datasets.FashionMNIST, 1), "cifar10": (datasets.CIFAR10, 3)}
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Whatever Pillow raises for a file that is not the image it claims to be.
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError,
+              struct.error, zlib.error, Image.DecompressionBombError)
+
+
+# ---- Images in -----------------------------------------------------------------------------------------------------
+
+def channels_of(dataset):
+    """1 for the grey data sets, 3 for the others and for every folder"""
+    return DATASETS.get(dataset, (None, 3))[1]
+
+
+def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None):
+    """All images of a data set (its training part) or of a folder: uint8, (N, channels, size, size)
+
+    dataset   "mnist", "fashion-mnist", "cifar10", or the path of a folder, searched to any depth
+    digit     0..9: only this class;  None: all.  Folders have no classes
+    size      pixels. The 28x28 sets get a border of 2 pixels (size 28: none); other sizes are resized, antialiased.
+              Images of a folder: EXIF orientation applied, transparency on white, centre cropped to a square
+    root      where data sets are kept (None: data/ beside this file); MNIST is there, the others are downloaded
+    channels  1 (grey) or 3 (RGB);  None: as the data set, 3 for a folder
+
+    Unreadable images of a folder are named on stderr and left out. A folder too large for half of the free memory is
+    decoded once into a file under root, and the tensor is a view of that file.
+    Raises ValueError (the request makes no sense) or OSError (a file or the download failed).
+    """
+    root, channels = Path(root or ROOT).expanduser(), channels_of(dataset) if channels is None else channels
+    if channels not in (1, 3):
+        raise ValueError(f"--channels must be 1 (grey) or 3 (RGB), not {channels}")
+    if size < 1:
+        raise ValueError(f"--size must be at least 1, not {size}")
+    if dataset in DATASETS:
+        return _from_set(dataset, digit, size, root, channels)
+    folder = Path(dataset).expanduser()
+    if not folder.is_dir():
+        what = "is a file: unpack it and give the folder" if folder.exists() else "does not exist"
+        raise ValueError(f"--dataset {dataset} {what}; known data sets are {', '.join(DATASETS)}, and any folder of images")
+    if digit is not None:
+        raise ValueError(f"--digit {digit} needs a data set with classes ({', '.join(DATASETS)}); a folder has none: "
+                         f"leave --digit out, or point --dataset at the folder of one class")
+    return _from_folder(folder, size, root, channels)
+
+
+def _from_set(dataset, digit, size, root, channels):
+    if digit is not None and not 0 <= digit <= 9:
+        raise ValueError(f"--digit must be one of the classes 0 to 9 of {dataset}, not {digit}")
+    kind, _ = DATASETS[dataset]
+    place = root / kind.__name__ / "raw" if hasattr(kind, "resources") else root
+    names = [name for name, _ in kind.resources] if hasattr(kind, "resources") else [kind.filename]
+    for archive in (place / name for name in names if name.endswith("-ubyte.gz")):
+        _remove_if_damaged(archive)
+    try:
+        data = kind(str(root), train=True, download=True)
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise OSError(f"{dataset} could not be read from {root} or downloaded ({reason}): "
+                      f"put {', '.join(names)} into {place} by hand, or name another folder with --root") from error
+    except (AssertionError, ValueError, LookupError) as error:
+        raise OSError(f"{dataset} in {place} is damaged: delete the folder, and it is fetched again") from error
+    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    if digit is not None:
+        images = images[labels == digit]
+    if images.shape[-1] == 28 and size != 28:
+        images = TF.pad(images, 2)
+    if images.shape[1] != channels:
+        images = images.repeat(1, 3, 1, 1) if channels == 3 else TF.rgb_to_grayscale(images)
+    if images.shape[-1] != size:
+        images = torch.cat([TF.resize(part, [size, size], antialias=True) for part in images.split(1000)])
+    return images.contiguous()
+
+
+def _remove_if_damaged(archive):
+    """Removes the unpacked file beside a .gz if it is not what the .gz says in its last 8 bytes (CRC32, length);
+    torchvision, which does not look inside unpacked files, then unpacks it again."""
+    unpacked = archive.with_suffix("")
+    if archive.is_file() and unpacked.is_file():
+        data = unpacked.read_bytes()
+        if archive.read_bytes()[-8:] != struct.pack("<II", zlib.crc32(data), len(data)):
+            unpacked.unlink()
+
+
+def _from_folder(folder, size, root, channels):
+    paths = []
+    for place, folders, files in os.walk(folder):
+        # Hidden folders hold thumbnails and the like; a run folder holds pictures made by these scripts.
+        folders[:] = [name for name in folders if not name.startswith((".", "__")) and
+                      not os.path.exists(os.path.join(place, name, "checkpoint.pt"))]
+        paths += [Path(place, name) for name in files if name.lower().endswith(ENDINGS) and not name.startswith(".")]
+    paths.sort()
+    if not paths:
+        raise ValueError(f"no images in {folder}: it needs files that end in {', '.join(ENDINGS)}, at any depth")
+
+    if len(paths) * channels * size * size <= free_memory() / 2:
+        return torch.cat(list(_decoded(folder, paths, size, channels)))
+    contents = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    name, stamp = (hashlib.sha256(repr(part).encode()).hexdigest()[:16] for part in (str(folder.resolve()), contents))
+    name = f"{folder.resolve().name}-{name}-{size}x{size}x{channels}"
+    file = root / "cache" / f"{name}-{stamp}.uint8"
+    if not file.exists():
+        for old in file.parent.glob(f"{name}-*"):
+            old.unlink()
+        print(f"decoding {len(paths):,} images once into {file}", flush=True)
+        with replacing(file) as sink:
+            for images in _decoded(folder, paths, size, channels):
+                sink.write(images.numpy())
+    print(f"reading the images of {folder} from {file}", flush=True)
+    flat = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+    return flat.view(-1, channels, size, size)
+
+
+def _decoded(folder, paths, size, channels):
+    """The images in order, some hundreds at a time; names those that cannot be read"""
+    skipped, shown = 0, time.monotonic()
+    with ThreadPoolExecutor() as pool:                      # Pillow decodes and resizes without the interpreter's lock
+        for start in range(0, len(paths), 256):
+            images = []
+            for path, image in zip(paths[start:], pool.map(lambda path: _read(path, size, channels), paths[start:start + 256])):
+                if isinstance(image, torch.Tensor):
+                    images.append(image)
+                else:
+                    skipped += 1
+                    print(f"skipped {path}: {type(image).__name__}: {image}", file=sys.stderr)
+            if images:
+                yield torch.stack(images)
+            if time.monotonic() - shown > 5:
+                shown = time.monotonic()
+                print(f"{min(start + 256, len(paths)):,} of {len(paths):,} images decoded", flush=True)
+    if skipped:
+        print(f"skipped {skipped:,} of {len(paths):,} images, which could not be read", file=sys.stderr)
+    if len(paths) - skipped < 2:
+        raise ValueError(f"{folder} holds {len(paths) - skipped} readable images; training needs at least two")
+
+
+def _read(path, size, channels):
+    """One image file as uint8 (channels, size, size), or the exception that reading it raised"""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):                  # 16 bits a pixel; convert("L") would cut off at 255
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1).contiguous()
+    except UNREADABLE as error:
+        return error
+
+
+def free_memory(device="cpu"):
+    """Bytes that a program may still take on the device"""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 << 30                                      # not Linux, and the standard library does not tell
+
+
+def batches(images, m, device="cpu"):
+    """x ~ P_r: an endless iterator over batches (m, C, H, W), float32 in [-1, 1], on the device
+
+    images  uint8, (N, C, H, W), as from load_images
+    m       images per batch, drawn uniformly with replacement: every batch is full, whatever N is
+
+    Images that fit into half of the device's free memory are kept there, and a batch is one index on the device;
+    otherwise they stay where they are and each batch is copied. Raises ValueError if m < 1 or there are no images.
+    """
+    if m < 1 or len(images) < 1:
+        raise ValueError(f"--batch-size must be at least 1, not {m}" if m < 1 else "there are no images to draw from")
+    device = torch.device(device)
+    resident = device.type == "cpu" or images.nbytes <= free_memory(device) / 2
+    if resident:
+        images = images.to(device)
+
+    def draw():
+        while True:
+            x = images[torch.randint(len(images), (m,), device=images.device)]
+            if not resident:
+                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    raise ValueError("--record needs all images in the GPU's memory, and they do not fit: leave it out")
+                x = x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+            yield x.float() / 127.5 - 1
+    return draw()
+
+
+# ---- Images out ----------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def replacing(path):
+    """with replacing(path) as file: the bytes written to file become path at the end, all of them or none"""
+    part = Path(path).with_name(f".{Path(path).name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _picture(x):
+    """(C, H, W) in [-1, 1] -> a Pillow image; the inverse of what batches does"""
+    pixels = ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+    return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def save_images(x, path):
+    """One PNG of a square grid of x, (n, C, H, W) in [-1, 1]: as many of the n as fit 2048 pixels"""
+    rows = max(1, min(2048 // x.shape[-1], int(len(x) ** 0.5)))
+    grid = make_grid(x[:rows * rows], nrow=rows, padding=0)
+    with replacing(path) as file:
+        _picture(grid[:x.shape[1]]).save(file, format="PNG")   # make_grid makes three channels of one
+
+
+def save_each(x, folder, first=0, dataset=None):
+    """Every image of x, (n, C, H, W) in [-1, 1], as folder/000000.png, ..., counted from first. The border that
+    load_images gave the 28x28 sets at size 32 is taken off again"""
+    if DATASETS.get(dataset, (None, 3))[1] == 1 and x.shape[-1] == 32:
+        x = x[..., 2:-2, 2:-2]
+    for i, image in enumerate(x, first):
+        _picture(image).save(Path(folder) / f"{i:06d}.png")
+
+
+def save_animation(paths, path):
+    """A GIF of pictures, in their order: at most 100, spread evenly, at most 512 pixels wide, all of the last one's size"""
+    if not paths:
+        return
+    paths = [paths[round(i)] for i in np.linspace(0, len(paths) - 1, min(len(paths), 100))]
+    with Image.open(paths[-1]) as last:
+        shrink = max(1, last.width / 512)
+        size = round(last.width / shrink), round(last.height / shrink)
+    frames = []
+    for each in paths:
+        with Image.open(each) as image:
+            method = Image.Resampling.NEAREST if image.width < size[0] else Image.Resampling.BOX
+            frames.append(image.resize(size, method))
+    with replacing(path) as file:
+        frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[100] * (len(frames) - 1) + [2000])

@@ -1,0 +1,334 @@
+"""WGAN-GP: "Improved Training of Wasserstein GANs"
+Ishaan Gulrajani, Faruk Ahmed, Martin Arjovsky, Vincent Dumoulin, Aaron Courville, 2017, https://arxiv.org/abs/1704.00028
+
+The critic D gives every image a score. As long as D is 1-Lipschitz, the difference of its mean scores on real and on
+generated images is at most their Wasserstein distance: D raises it, G lowers it. WGAN clips D's weights to keep D
+Lipschitz; here D pays for every deviation of its gradient norm from 1, at random points between real and generated.
+
+    L = E[D(x_tilde)] - E[D(x)] + λ E[(‖∇D(x_hat)‖₂ - 1)²]      (3)
+
+Differs from the paper:
+- DCGAN networks of 4x4 kernels as in the first WGAN's code; the authors' own differ from experiment to experiment.
+- width 16, so that two CPU cores show digits within minutes; the papers' DCGAN is --width 64.
+- Initialisation: torch's default, uniform like the authors' He/Glorot, but smaller. DCGAN's N(0, 0.02) learns far slower.
+- z ~ N(0, 1) in 100 dimensions, DCGAN's number; the authors' code has 128.
+- β₁ = 0 as Algorithm 1 says; the paper's appendix E and most of the authors' scripts have 0.5.
+Measured: not measured
+"""
+import argparse
+import contextlib
+import inspect
+import math
+import os
+import pickle
+import re
+import signal
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common import batches, channels_of, load_images, replacing, save_animation, save_each, save_images
+
+SCRIPT = Path(__file__).stem
+
+
+# ---- Networks (4x4 kernels, each layer halves or doubles the image) ------------------------------------------------
+
+class Generator(nn.Sequential):
+    """G: latent -> image in [-1, 1].  (m, nz) -> (m, channels, size, size).  ValueError for a size it cannot have"""
+    def __init__(self, nz=100, channels=1, size=32, width=16):
+        if size not in (16, 32, 64, 128, 256):
+            raise ValueError(f"--size must be 16, 32, 64, 128 or 256, not {size}")
+        n = width * size // 8
+        layers = [nn.Unflatten(1, (nz, 1, 1)),                                          # (m, nz, 1, 1)
+                  nn.ConvTranspose2d(nz, n, 4, 1, 0, bias=False), nn.BatchNorm2d(n), nn.ReLU(True)]   # (m, n, 4, 4)
+        while n > width:
+            layers += [nn.ConvTranspose2d(n, n // 2, 4, 2, 1, bias=False), nn.BatchNorm2d(n // 2), nn.ReLU(True)]
+            n //= 2                                                                     # (m, n/2, 8, 8) ...
+        layers += [nn.ConvTranspose2d(n, channels, 4, 2, 1, bias=False), nn.Tanh()]     # (m, channels, size, size)
+        super().__init__(*layers)
+
+
+class Critic(nn.Sequential):
+    """D: image -> score.  (m, channels, size, size) -> (m,).  No batch norm (§4): D(x) must depend on x alone"""
+    def __init__(self, channels=1, size=32, width=16):
+        if size not in (16, 32, 64, 128, 256):
+            raise ValueError(f"--size must be 16, 32, 64, 128 or 256, not {size}")
+        n = width
+        layers = [nn.Conv2d(channels, n, 4, 2, 1), nn.LeakyReLU(0.2)]                   # (m, width, size/2, size/2)
+        while n < width * size // 8:
+            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1), nn.LeakyReLU(0.2)]                 # ... (m, 2n, 4, 4)
+            n *= 2
+        layers += [nn.Conv2d(n, 1, 4), nn.Flatten(0)]                                   # (m, 1, 1, 1), (m,)
+        super().__init__(*layers)
+
+
+# ---- The penalty's gradient norm (§4) ------------------------------------------------------------------------------
+
+def grad_norm(D, x):
+    """‖∇_x D(x)‖₂ of every image x, itself differentiable.  (m, C, H, W) -> (m,)"""
+    x = x.detach().requires_grad_()
+    # D scores each image on its own (so: no batch norm in D). The gradient of the summed
+    # scores is therefore, image by image, the gradient of that image's own score.
+    (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+    return torch.linalg.vector_norm(grad, dim=(1, 2, 3))    # unlike sqrt(sum of squares), not nan at grad = 0
+
+
+# ---- Algorithm 1 ---------------------------------------------------------------------------------------------------
+
+def train(
+    # Algorithm 1: "default values of λ = 10, n_critic = 5, α = 0.0001, β₁ = 0, β₂ = 0.9"
+    lam=10.0,               # λ         weight of the gradient penalty
+    n_critic=5,             # n_critic  critic updates per generator update
+    lr=1e-4,                # α         Adam: step size
+    beta1=0.0,              # β₁        Adam: decay of the first moment
+    beta2=0.9,              # β₂        Adam: decay of the second moment
+    batch_size=64,          # m         images per batch
+    # The networks
+    nz=100,                 # z         dimensions of the latent variable
+    width=16,               #           feature maps at half size; 16 for minutes on a CPU, the papers' DCGAN has 64
+    # The images
+    dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
+    digit: int = None,      #           only this class, 0 to 9
+    root: str = None,       #           where data sets are kept (data/ beside common.py)
+    size=32,                #           width and height in pixels: 16, 32, 64, 128 or 256
+    channels: int = None,   #           1 grey, 3 RGB (what the data set has; a folder: 3)
+    # The run
+    steps=4000,             #           generator updates
+    seed=0,                 #           of every random number
+    device="auto",          #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
+    out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
+    save_every=250,         #           steps between rows of the log, pictures and checkpoints
+    record=False,           #           record one step as a CUDA graph and replay it: the same step, faster
+):
+    """Algorithm 1; returns G, D. Raises ValueError or OSError, in one sentence, for settings or files that do not fit."""
+    config, device, out = start(locals())
+    images = load_images(dataset, digit, size, root, config["channels"])
+    G = Generator(nz, config["channels"], size, width).to(device, memory_format=torch.channels_last)
+    D = Critic(config["channels"], size, width).to(device, memory_format=torch.channels_last)
+    theta, w = list(G.parameters()), list(D.parameters())
+    opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), fused=True, capturable=record)
+    opt_D = torch.optim.Adam(w, lr, (beta1, beta2), fused=True, capturable=record)
+    P_r = batches(images, batch_size, device)
+    save_images(next(P_r)[:64], out / "real.png")
+    log = {}
+
+    for step in run(config, out, log, G=G, D=D, opt_G=opt_G, opt_D=opt_D):   #  1: while θ has not converged do
+        for _ in range(n_critic):                               #  2:   for t = 1, ..., n_critic do
+                                                                #  3:     for i = 1, ..., m do   (batch dimension)
+            x = next(P_r)                                       #  4:       sample real data x ~ P_r,
+            z = torch.randn(len(x), nz, device=device)          #             latent variable z ~ p(z),
+            eps = torch.rand(len(x), 1, 1, 1, device=device)    #             a random number ε ~ U[0, 1]
+            with torch.no_grad():
+                x_tilde = G(z)                                  #  5:       x_tilde ← G_θ(z)
+            x_hat = eps * x + (1 - eps) * x_tilde               #  6:       x_hat ← ε x + (1 − ε) x_tilde
+            penalty = (grad_norm(D, x_hat) - 1) ** 2            #  7:       L ← D_w(x_tilde) − D_w(x)
+            L = D(x_tilde) - D(x) + lam * penalty               #               + λ (‖∇_x_hat D_w(x_hat)‖₂ − 1)²
+                                                                #  8:     end for
+            opt_D.zero_grad()
+            L.mean().backward(inputs=w)                         #  9:     w ← Adam(∇_w 1/m Σ L, w, α, β₁, β₂)
+            opt_D.step()
+                                                                # 10:   end for
+        z = torch.randn(batch_size, nz, device=device)          # 11:   sample a batch of latent variables z ~ p(z)
+        L_G = -D(G(z))
+        opt_G.zero_grad()
+        L_G.mean().backward(inputs=theta)                       # 12:   θ ← Adam(∇_θ 1/m Σ −D_w(G_θ(z)), θ, α, β₁, β₂)
+        opt_G.step()
+                                                                # 13: end while
+        log.update(L_D=L.mean(), L_G=L_G.mean(), penalty=penalty.mean(), wasserstein=(lam * penalty - L).mean())
+    return G, D
+
+
+# ---- The run: the same in every script; nothing below is in the paper --------------------------------------------
+
+def start(config):
+    """The settings of train(), checked before anything is loaded or written -> (config, device, run folder)"""
+    least = dict.fromkeys("steps batch_size save_every n_critic nz width".split(), 1)
+    least |= dict.fromkeys("lr beta1 beta2 lam c margin pretrain".split(), 0)
+    for name in config.keys() & least.keys():
+        below = 1 if name.startswith("beta") else math.inf
+        if not least[name] <= config[name] < below:
+            raise ValueError(f"--{name.replace('_', '-')} must be from {least[name]} to below {below}, not {config[name]}")
+    config = config | dict(script=SCRIPT, channels=config["channels"] or channels_of(config["dataset"]))
+    device, out = find_device(config["device"]), run_folder(**config)
+    if config["record"] and device.type != "cuda":
+        raise ValueError(f"--record records CUDA steps, and the device is {device}: leave it out")
+    saved = read(out)
+    for name in config.keys() - {"steps", "device", "out", "root", "save_every", "record"} if saved else ():
+        if saved["config"].get(name) != config[name]:
+            raise ValueError(f"{out} was trained with --{name.replace('_', '-')} {saved['config'].get(name)}, not "
+                             f"{config[name]}: give the same to continue, or name another folder with --out")
+    print(f"device: {device}\nrun folder: {out}", flush=True)
+    if not os.access(next(folder for folder in (out, *out.absolute().parents) if folder.exists()), os.W_OK):
+        raise OSError(f"--out {out} is not writable: name another folder")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    torch.manual_seed(config["seed"] % 2**63)
+    return config, device, out
+
+
+def find_device(name):
+    """"auto", or what torch.device takes -> torch.device.  ValueError if it is not on this machine"""
+    try:
+        return torch.ones(1, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu").device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} is not on this machine ({str(error).splitlines()[0]}): use cpu") from error
+
+
+def run_folder(out, dataset, digit, **_):
+    name = [SCRIPT, Path(dataset).expanduser().resolve().name, *([] if digit is None else [str(digit)])]
+    return Path(out or Path("runs", "-".join(name)))
+
+
+def read(out):
+    """The checkpoint in the folder out, None if there is none.  ValueError if it is damaged or another script's"""
+    path = Path(out, "checkpoint.pt")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        script = saved["config"]["script"]
+    except FileNotFoundError:
+        return None
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint: remove it, or name another folder with --out") from error
+    if script != SCRIPT:
+        raise ValueError(f"{path} was written by {script}.py, not {SCRIPT}.py: name another folder with --out")
+    return saved
+
+
+def run(config, out, log, **state):
+    """Yields the steps left to do. Around them it restores, logs, saves, shows progress and obeys Ctrl-C.
+
+    log    the losses of a step, scalar tensors by name, put in by the loop; a row is their mean since the row before
+    state  everything with a state_dict, by its name in the checkpoint
+    ValueError if a loss or weight is not finite; KeyboardInterrupt after SIGINT or SIGTERM, once all is saved.
+    """
+    G, steps, device = state["G"], config["steps"], next(state["G"].parameters()).device
+    fixed_z = torch.randn(64, config["nz"], generator=torch.Generator().manual_seed(0)).to(device)
+    images = config["batch_size"] * config.get("n_critic", 1)
+    random = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+    total, count, rows, first, seconds, saved = {}, 0, [], 0, 0.0, read(out)
+    if saved:
+        rows, first, seconds = saved["log"], saved["step"], saved["seconds"]
+        for name, part in state.items():
+            if "param_groups" in saved[name]:   # the settings are the same, but fused and capturable are this device's
+                saved[name]["param_groups"] = part.state_dict()["param_groups"]
+            part.load_state_dict(saved[name])
+        for module, rng in zip(random, saved["rng"]):
+            module.set_rng_state(rng)
+        print(f"{first} of {steps} steps are done: {'continuing' if first < steps else 'finished'}", flush=True)
+    graph, side = (torch.cuda.CUDAGraph(), torch.cuda.Stream()) if config["record"] else (None, None)
+    stop, handlers, good, begin = [], {}, first, time.monotonic()
+    shown = begin
+    if threading.current_thread() is threading.main_thread():
+        handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for step in range(first, steps):
+            # --record: three steps run on a side stream; there the fourth is recorded, then it and all others replayed.
+            nth = step - first
+            if not graph or nth <= 3:
+                with (contextlib.nullcontext() if not graph else
+                      torch.cuda.stream(side) if nth < 3 else torch.cuda.graph(graph, stream=side)):
+                    yield step
+                    for name, value in log.items():
+                        total[name] = total[name].add_(value.detach()) if name in total else value.detach().clone()
+            if graph:
+                torch.cuda.synchronize() if nth < 3 else graph.replay()
+
+            count, done, now = count + 1, step + 1, time.monotonic()
+            save = done % config["save_every"] == 0 or done == steps or bool(stop)
+            if not save and now - shown < 5:
+                continue
+            means = {name: value.item() / count for name, value in total.items()}
+            broken = [name for name, value in means.items() if not math.isfinite(value)] + [
+                name for name in "GD" if not all(value.isfinite().all() for value in state[name].state_dict().values())]
+            if broken:
+                kept = f"{out} keeps the checkpoint of step {good}" if good else "there is no checkpoint yet"
+                raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr")
+            shown, speed = now, (nth + 1) / (now - begin)
+            print(f"step {done}/{steps}", *(f"{name} {value:.4g}" for name, value in means.items()),
+                  f"{images * speed:.0f} images/s, {timedelta(seconds=round((steps - done) / speed))} left", sep="  ", flush=True)
+            if save:
+                with torch.no_grad():           # batch norm's running statistics: an image depends on its own z alone
+                    save_images(G.eval()(fixed_z), out / f"{done:06d}.png")
+                G.train()
+                rows = rows or [["step", "images", "seconds", *means]]
+                rows.append([done, done * images, round(seconds + now - begin, 1), *means.values()])
+                with replacing(out / "checkpoint.pt") as file:
+                    torch.save(dict(step=done, config=config, seconds=seconds + now - begin, log=rows,
+                                    rng=[module.get_rng_state() for module in random],
+                                    **{name: part.state_dict() for name, part in state.items()}), file)
+                with replacing(out / "log.csv") as file:
+                    file.writelines((",".join(map(str, row)) + "\n").encode() for row in rows)
+                good, count = done, 0
+                for value in total.values():
+                    value.zero_()
+            if done == steps or stop:
+                save_animation([out / f"{row[0]:06d}.png" for row in rows[1:]], out / "training.gif")
+            if done < steps and stop:
+                raise KeyboardInterrupt
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def load(out):
+    """The generator of a run folder, ready to be called: z (n, nz), N(0, 1) -> images (n, C, H, W) in [-1, 1].
+    On the CPU, with batch norm's running statistics.  ValueError if the folder has no (good) checkpoint"""
+    saved = read(out)
+    if saved is None:
+        raise ValueError(f"there is no checkpoint.pt in {out}: train first, or name a run folder with --out")
+    G = Generator(*(saved["config"][name] for name in ("nz", "channels", "size", "width")))
+    G.load_state_dict(saved["G"])
+    return G.eval().requires_grad_(False)
+
+
+def generate(out, n, device="auto", seed=0):
+    """Writes n images of the run in the folder out as OUT/generated/000000.png, ... and returns that folder.
+    Image i depends on seed and i alone; PNGs that were there are removed.  ValueError for n < 1 or no checkpoint"""
+    if n < 1:
+        raise ValueError(f"--generate must be at least 1, not {n}")
+    device, G, config, folder = find_device(device), load(out), read(out)["config"], Path(out, "generated")
+    G, noise = G.to(device), torch.Generator().manual_seed(seed % 2**63)
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    for first in range(0, n, 64):
+        z = torch.randn(64, config["nz"], generator=noise)[:n - first]
+        save_each(G(z.to(device)), folder, first, config["dataset"])
+    return folder
+
+
+def main(argv=None):
+    """The command line.  SystemExit: 2, with one sentence, after an error of the user's; 130 after Ctrl-C"""
+    parser = argparse.ArgumentParser(prog=Path(__file__).name, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {' '.join(message.split())}\n")
+    notes = dict(re.findall(r"^    (\w+).*?=.*?,  +# (.*)$", inspect.getsource(train), re.MULTILINE))
+    for name, setting in inspect.signature(train).parameters.items():
+        kind = type(setting.default) if setting.annotation is setting.empty else setting.annotation
+        value = dict(action="store_true") if kind is bool else dict(type=kind, metavar=kind.__name__.upper())
+        note = " ".join(notes[name].split()).replace("%", "%%") + (f" (default: {setting.default})" if kind is not bool else "")
+        parser.add_argument("--" + name.replace("_", "-"), default=setting.default, help=note, **value)
+    parser.add_argument("--generate", type=int, metavar="N",
+                        help="no training: N images from the checkpoint into OUT/generated; another --seed, other images")
+    settings = vars(parser.parse_args(argv))
+    try:
+        n = settings.pop("generate")
+        if n is None:
+            train(**settings)
+        else:
+            print(f"{n} images in {generate(run_folder(**settings), n, settings['device'], settings['seed'])}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error) + (": name another folder with --out" if getattr(error, "errno", None) else ""))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped; the same command continues from the last checkpoint\n")
+
+
+if __name__ == "__main__":
+    main()
