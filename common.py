@@ -187,30 +187,30 @@ def free_memory(device="cpu"):
         return 4 << 30                                      # not Linux, and the standard library does not tell
 
 
-def batches(images, m, device="cpu"):
+def batches(images, m, device="cpu", resident=False):
     """x ~ P_r: an endless iterator over batches (m, C, H, W), float32 in [-1, 1], on the device
 
     images  uint8, (N, C, H, W), as from load_images
     m       images per batch, drawn uniformly with replacement: every batch is full, whatever N is
 
     Images that fit into half of the device's free memory are kept there, and a batch is one index on the device;
-    otherwise they stay where they are and each batch is copied. Raises ValueError if m < 1 or there are no images.
+    others stay where they are, and each batch is copied. Raises ValueError if m < 1, if there are no images, and, with
+    resident=True, if they do not fit.
     """
     if m < 1 or len(images) < 1:
         raise ValueError(f"--batch-size must be at least 1, not {m}" if m < 1 else "there are no images to draw from")
     device = torch.device(device)
-    resident = device.type == "cpu" or images.nbytes <= free_memory(device) / 2
-    if resident:
+    if device.type == "cpu" or images.nbytes <= free_memory(device) / 2:
         images = images.to(device)
+    elif resident:
+        raise ValueError(f"--record needs the images in the GPU's memory, and {images.nbytes:,} bytes do not fit: leave it out")
 
     def draw():
         while True:
             x = images[torch.randint(len(images), (m,), device=images.device)]
-            if not resident:
-                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                    raise ValueError("--record needs all images in the GPU's memory, and they do not fit: leave it out")
-                x = x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-            yield x.float() / 127.5 - 1
+            if device.type == "cuda" and not x.is_cuda:
+                x = x.pin_memory()
+            yield x.to(device, non_blocking=True).float() / 127.5 - 1
     return draw()
 
 

@@ -25,6 +25,7 @@ import re
 import signal
 import threading
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def train(
     seed=0,                 #           of every random number
     device="auto",          #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
-    save_every=250,         #           steps between rows of the log, pictures and checkpoints
+    save_every=100,         #           steps between rows of the log, pictures and checkpoints
     record=False,           #           record one step as a CUDA graph and replay it: the same step, faster
 ):
     """Algorithm 1; returns G, D. Raises ValueError or OSError, in one sentence, for settings or files that do not fit."""
@@ -113,7 +114,7 @@ def train(
     theta, w = list(G.parameters()), list(D.parameters())
     opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), fused=True, capturable=record)
     opt_D = torch.optim.Adam(w, lr, (beta1, beta2), fused=True, capturable=record)
-    P_r = batches(images, batch_size, device)
+    P_r = batches(images, batch_size, device, resident=record)
     save_images(next(P_r)[:64], out / "real.png")
     log = {}
 
@@ -158,8 +159,8 @@ def start(config):
     if config["record"] and device.type != "cuda":
         raise ValueError(f"--record records CUDA steps, and the device is {device}: leave it out")
     saved = read(out)
-    for name in config.keys() - {"steps", "device", "out", "root", "save_every", "record"} if saved else ():
-        if saved["config"].get(name) != config[name]:
+    for name in config if saved else ():
+        if name not in ("steps", "device", "out", "root", "save_every", "record") and saved["config"].get(name) != config[name]:
             raise ValueError(f"{out} was trained with --{name.replace('_', '-')} {saved['config'].get(name)}, not "
                              f"{config[name]}: give the same to continue, or name another folder with --out")
     print(f"device: {device}\nrun folder: {out}", flush=True)
@@ -190,11 +191,14 @@ def read(out):
     """The checkpoint in the folder out, None if there is none.  ValueError if it is damaged or another script's"""
     path = Path(out, "checkpoint.pt")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # about foreign pickles, which the sentence below is about
+            saved = torch.load(path, map_location="cpu", weights_only=True)
         script = saved["config"]["script"]
     except FileNotFoundError:
         return None
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError,
+            pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint: remove it, or name another folder with --out") from error
     if script != SCRIPT:
         raise ValueError(f"{path} was written by {script}.py, not {SCRIPT}.py: name another folder with --out")

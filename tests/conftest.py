@@ -1,0 +1,33 @@
+import os
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+# Networks this small run faster on one thread; the tests' own processes inherit it, so that results are equal to the bit.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+TOP = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TOP))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: runs only where CUDA is")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA here"))
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch, tmp_path):
+    """Every test works in an empty folder and without a network"""
+    def no_network(*_, **__):
+        raise urllib.error.URLError("no network in the tests")
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    monkeypatch.chdir(tmp_path)

@@ -1,0 +1,226 @@
+"""wgan_gp.py against the paper: the penalty in closed form, and Algorithm 1 against numpy"""
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import wgan_gp
+from wgan_gp import Critic, Generator, grad_norm
+
+
+# ---- ‖∇D(x)‖₂ ----
+
+def test_gradient_norm_of_a_linear_critic_is_the_norm_of_its_weights():
+    a = torch.randn(3, 8, 8)
+    x = torch.randn(5, 3, 8, 8)
+    norms = grad_norm(lambda x: (x * a).sum((1, 2, 3)), x)
+    assert norms.shape == (5,)
+    torch.testing.assert_close(norms, a.norm().expand(5))
+
+
+def test_gradient_norm_of_half_the_squared_norm_is_the_norm_of_each_image():
+    x = torch.randn(5, 3, 8, 8) * torch.arange(1., 6.).view(5, 1, 1, 1)
+    torch.testing.assert_close(grad_norm(lambda x: x.square().sum((1, 2, 3)) / 2, x), x.flatten(1).norm(dim=1))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_gradient_norm_is_each_images_own_whatever_else_is_in_the_batch(mode):
+    torch.manual_seed(0)
+    D = getattr(Critic(3, 32, 4), mode)()
+    x = torch.rand(6, 3, 32, 32) * 2 - 1
+    alone = torch.cat([grad_norm(D, x[i:i + 1]) for i in range(6)])
+    assert alone.std() > 1e-3 * alone.mean()                # otherwise the comparison would show nothing
+    torch.testing.assert_close(grad_norm(D, x), alone, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_norm_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    D = Critic(1, 16, 2).double()
+    x = torch.rand(2, 1, 16, 16, dtype=torch.double)
+    basis = torch.eye(256, dtype=torch.double).view(256, 1, 16, 16) * 1e-6
+    with torch.no_grad():
+        slope = torch.stack([(D(image + basis) - D(image - basis)) / 2e-6 for image in x])
+    torch.testing.assert_close(grad_norm(D, x), slope.norm(dim=1), rtol=1e-4, atol=1e-9)
+
+
+def test_gradient_norm_and_its_derivative_are_finite_where_the_gradient_is_zero():
+    a = torch.zeros(1, 4, 4, requires_grad=True)
+    norms = grad_norm(lambda x: (x * a).sum((1, 2, 3)), torch.randn(3, 1, 4, 4))
+    (norms - 1).square().mean().backward()
+    assert torch.equal(norms, torch.zeros(3)) and a.grad.isfinite().all()
+
+
+def test_penalty_reaches_the_critics_weights_and_not_the_images():
+    a = torch.full((1, 4, 4), 0.5, requires_grad=True)      # ‖a‖ = 2
+    x = torch.randn(3, 1, 4, 4, requires_grad=True)
+    (grad_norm(lambda x: (x * a).sum((1, 2, 3)), x) - 1).square().mean().backward()
+    torch.testing.assert_close(a.grad, 2 * (2 - 1) * a.detach() / 2)       # d/da (‖a‖ - 1)² = 2 (‖a‖ - 1) a / ‖a‖
+    assert x.grad is None
+
+
+# ---- The networks ----
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shapes_and_range(size, channels):
+    G, D = Generator(7, channels, size, 2), Critic(channels, size, 2)
+    x = G(torch.randn(3, 7))
+    assert x.shape == (3, channels, size, size) and x.abs().max() <= 1
+    assert D(x).shape == (3,)
+    widths = [layer.out_channels for layer in D if isinstance(layer, nn.Conv2d)]
+    assert widths == [2 * 2**i for i in range(len(widths) - 1)] + [1]
+
+
+@pytest.mark.parametrize("size, parameters", [(64, 3_576_704), (32, 1_068_928)])
+def test_generator_has_as_many_parameters_as_the_authors_dcgan(size, parameters):
+    assert sum(p.numel() for p in Generator(100, 3, size, 64).parameters()) == parameters
+
+
+@pytest.mark.parametrize("size", [0, 8, 33, 48, 512])
+def test_other_sizes_are_refused(size):
+    for network in (lambda: Generator(100, 1, size, 4), lambda: Critic(1, size, 4)):
+        with pytest.raises(ValueError, match=f"--size .* not {size}"):
+            network()
+
+
+def test_critic_has_no_batch_norm_and_ends_linear():
+    assert not [m for m in Critic().modules() if "Norm" in type(m).__name__]
+    assert [type(m) for m in list(Critic())[-2:]] == [nn.Conv2d, nn.Flatten]
+
+
+def test_both_networks_keep_the_default_initialisation():
+    torch.manual_seed(0)
+    G, D = Generator(100, 1, 32, 16), Critic(1, 32, 16)
+    for layer in [*G, *D]:
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            bound = (layer.weight.shape[1] * 16) ** -0.5     # kaiming_uniform with a = √5: ±1/√(fan in)
+            assert 0.9 * bound < layer.weight.abs().max() <= bound
+
+
+# ---- Algorithm 1, two whole iterations, against numpy ----
+
+class LinearGenerator(nn.Module):
+    """G(z) = A z + b, as an image of 2x2 pixels"""
+    def __init__(self, nz, channels, size, width):
+        super().__init__()
+        self.A = nn.Parameter(torch.linspace(-0.5, 0.7, 4 * nz).view(4, nz))
+        self.b = nn.Parameter(torch.tensor([0.1, -0.2, 0.3, 0.05]))
+
+    def forward(self, z):
+        return (z @ self.A.T + self.b).view(-1, 1, 2, 2)
+
+
+class QuadraticCritic(nn.Module):
+    """D(x) = <a, x> + s/2 ‖x‖², whose gradient a + s x depends on where it is taken"""
+    seen = []
+
+    def __init__(self, channels, size, width):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([0.4, -0.3, 0.2, 0.6]))
+        self.s = nn.Parameter(torch.tensor(0.8))
+
+    def forward(self, x):
+        self.seen.append((x.requires_grad, x.is_leaf))
+        return x.flatten(1) @ self.a + self.s / 2 * x.flatten(1).square().sum(1)
+
+
+class Adam:
+    """Kingma & Ba, Algorithm 1, in float64"""
+    def __init__(self, lr, beta1, beta2):
+        self.lr, self.beta1, self.beta2, self.t, self.m, self.v = lr, beta1, beta2, 0, 0, 0
+
+    def step(self, w, g):
+        self.t += 1
+        self.m = self.beta1 * self.m + (1 - self.beta1) * g
+        self.v = self.beta2 * self.v + (1 - self.beta2) * g**2
+        m, v = self.m / (1 - self.beta1**self.t), self.v / (1 - self.beta2**self.t)
+        return w - self.lr * m / (v**0.5 + 1e-8)
+
+
+SETTINGS = dict(lam=10.0, n_critic=5, lr=1e-4, beta1=0.0, beta2=0.9, batch_size=64)
+
+
+@pytest.mark.parametrize("changed", [{}, dict(lam=3.0, n_critic=3, lr=0.02, beta1=0.5, beta2=0.7, batch_size=4)])
+def test_two_iterations_equal_numpy(monkeypatch, changed):
+    data = torch.tensor(np.random.default_rng(0).integers(0, 256, (50, 1, 2, 2)), dtype=torch.uint8)
+    drawn = {"randint": [], "randn": [], "rand": []}
+
+    def recorded(name, draw):
+        def wrapper(*args, **kwargs):
+            value = draw(*args, **kwargs)
+            if "generator" not in kwargs:                    # the pictures' fixed latents have their own generator
+                drawn[name].append(value.double().numpy())
+            return value
+        return wrapper
+    for name in drawn:
+        monkeypatch.setattr(torch, name, recorded(name, getattr(torch, name)))
+    monkeypatch.setattr(wgan_gp, "load_images", lambda *_: data)
+    monkeypatch.setattr(wgan_gp, "Generator", LinearGenerator)
+    monkeypatch.setattr(wgan_gp, "Critic", QuadraticCritic)
+    QuadraticCritic.seen.clear()
+    # {}: the defaults of train() are those of the paper, which SETTINGS repeats
+    G, D = wgan_gp.train(**changed, steps=2, nz=3, device="cpu", out="run", save_every=1)
+
+    k = {**SETTINGS, **changed}
+    m, n_critic, lam = k["batch_size"], k["n_critic"], k["lam"]
+    A, b = np.linspace(-0.5, 0.7, 12).astype(np.float32).astype(float).reshape(4, 3), np.array([0.1, -0.2, 0.3, 0.05])
+    w = np.array([0.4, -0.3, 0.2, 0.6, 0.8])                 # a and s
+    X = data.numpy().reshape(50, 4) / 127.5 - 1
+    batch, latent, uniform = iter(drawn["randint"][1:]), iter(drawn["randn"]), iter(drawn["rand"])   # [0]: real.png
+    adam = {name: Adam(k["lr"], k["beta1"], k["beta2"]) for name in ("w", "A", "b")}
+    rows = []
+    for _ in range(2):
+        for _ in range(n_critic):
+            x, z, eps = X[next(batch).astype(int)], next(latent), next(uniform).reshape(m, 1)
+            x_tilde = z @ A.T + b
+            x_hat = eps * x + (1 - eps) * x_tilde
+            a, s = w[:4], w[4]
+            grad = a + s * x_hat
+            norm = np.sqrt((grad**2).sum(1))
+            score = lambda x: x @ a + s / 2 * (x**2).sum(1)
+            L = score(x_tilde) - score(x) + lam * (norm - 1) ** 2
+            pull = (2 * lam * (norm - 1) / norm)[:, None] * grad
+            per_image = np.column_stack([
+                x_tilde - x + pull,
+                (x_tilde**2).sum(1) / 2 - (x**2).sum(1) / 2 + (pull * x_hat).sum(1)])
+            estimate = score(x).mean() - score(x_tilde).mean()
+            w = adam["w"].step(w, per_image.mean(0))
+        a, s, z = w[:4], w[4], next(latent)
+        x_tilde = z @ A.T + b
+        rows.append([L.mean(), -(x_tilde @ a + s / 2 * (x_tilde**2).sum(1)).mean(), ((norm - 1) ** 2).mean(), estimate])
+        down = -(a + s * x_tilde) / m                        # d/dx_tilde of 1/m Σ -D(x_tilde)
+        A, b = adam["A"].step(A, down.T @ z), adam["b"].step(b, down.sum(0))
+
+    assert not any(list(rest) for rest in (batch, latent, uniform))     # every number drawn was used, each once
+    np.testing.assert_allclose(np.append(D.a.detach(), D.s.detach()), w, rtol=2e-6)
+    np.testing.assert_allclose(G.A.detach(), A, rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(G.b.detach(), b, rtol=2e-5)
+    log = np.genfromtxt("run/log.csv", delimiter=",", names=True)
+    np.testing.assert_allclose(np.stack([log[name] for name in ("L_D", "L_G", "penalty", "wasserstein")], 1), rows,
+                               rtol=2e-5, atol=1e-6)
+    assert list(log["images"]) == [n_critic * m, 2 * n_critic * m]
+    # Adam hides the scale of a gradient in the weights, not in its second moment.
+    saved = torch.load("run/checkpoint.pt", weights_only=True)
+    np.testing.assert_allclose(saved["opt_D"]["state"][0]["exp_avg_sq"], adam["w"].v[:4], rtol=1e-4)
+    np.testing.assert_allclose(saved["opt_G"]["state"][1]["exp_avg_sq"], adam["b"].v, rtol=1e-4)
+    # D sees a leaf that wants a gradient (x_hat), two constants (x_tilde, x); in G's step, an image with a history.
+    assert QuadraticCritic.seen == 2 * (n_critic * [(True, True), (False, True), (False, True)] + [(True, False)])
+
+
+def test_one_critic_step_raises_the_difference_and_one_generator_step_raises_the_fakes_score(monkeypatch):
+    """The signs, on the real networks: by the definition of the game, whatever the code calls it"""
+    torch.manual_seed(0)
+    x, z = torch.rand(64, 1, 16, 16) * 2 - 1, torch.randn(64, 5)
+
+    def networks(cls, *args):
+        torch.manual_seed(1)
+        return cls(*args)
+    monkeypatch.setattr(wgan_gp, "load_images", lambda *_: ((x + 1) * 127.5).round().to(torch.uint8))
+    G0, D0 = networks(Generator, 5, 1, 16, 4), networks(Critic, 1, 16, 4)
+    monkeypatch.setattr(wgan_gp, "Generator", lambda *args: networks(Generator, *args))
+    monkeypatch.setattr(wgan_gp, "Critic", lambda *args: networks(Critic, *args))
+    G, D = wgan_gp.train(steps=1, n_critic=1, size=16, width=4, nz=5, lr=1e-3, lam=0.0, device="cpu", out="run")
+    with torch.no_grad():
+        before = D0(x).mean() - D0(G0(z)).mean()
+        assert D(x).mean() - D(G0(z)).mean() > before
+        assert D(G(z)).mean() > D(G0(z)).mean()
