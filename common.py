@@ -24,14 +24,18 @@ from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
 
 ROOT = Path(__file__).resolve().parent / "data"
-DATASETS = {"mnist": (datasets.MNIST, 1), "fashion-mnist": (datasets.FashionMNIST, 1), "cifar10": (datasets.CIFAR10, 3)}
+DATASETS = {  # name: torchvision's class, channels
+    "mnist": (datasets.MNIST, 1),
+    "fashion-mnist": (datasets.FashionMNIST, 1),
+    "cifar10": (datasets.CIFAR10, 3),
+}
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Whatever Pillow raises for a file that is not the image it claims to be.
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError,
               struct.error, zlib.error, Image.DecompressionBombError)
 
 
-# ---- Images in -----------------------------------------------------------------------------------------------------
+# ---- Images in ---------------------------------------------------------------------------------------------------
 
 def channels_of(dataset):
     """1 for the grey data sets, 3 for the others and for every folder"""
@@ -48,8 +52,8 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None):
     root      where data sets are kept (None: data/ beside this file); MNIST is there, the others are downloaded
     channels  1 (grey) or 3 (RGB);  None: as the data set, 3 for a folder
 
-    Unreadable images of a folder are named on stderr and left out. A folder too large for half of the free memory is
-    decoded once into a file under root, and the tensor is a view of that file.
+    Unreadable images of a folder are named on stderr and left out. A folder that does not fit into half of the free
+    memory is decoded once into a file under root, and the tensor is a view of that file.
     Raises ValueError (the request makes no sense) or OSError (a file or the download failed).
     """
     root, channels = Path(root or ROOT).expanduser(), channels_of(dataset) if channels is None else channels
@@ -62,10 +66,10 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None):
     folder = Path(dataset).expanduser()
     if not folder.is_dir():
         what = "is a file: unpack it and give the folder" if folder.exists() else "does not exist"
-        raise ValueError(f"--dataset {dataset} {what}; known data sets are {', '.join(DATASETS)}, and any folder of images")
+        raise ValueError(f"--dataset {dataset} {what}; known data sets are {', '.join(DATASETS)}, and any folder")
     if digit is not None:
-        raise ValueError(f"--digit {digit} needs a data set with classes ({', '.join(DATASETS)}); a folder has none: "
-                         f"leave --digit out, or point --dataset at the folder of one class")
+        raise ValueError(f"--digit {digit} needs a data set with classes ({', '.join(DATASETS)}), and a folder has "
+                         f"none: leave --digit out, or point --dataset at the folder of one class")
     return _from_folder(folder, size, root, channels)
 
 
@@ -114,7 +118,7 @@ def _from_folder(folder, size, root, channels):
         # Hidden folders hold thumbnails and the like; a run folder holds pictures made by these scripts.
         folders[:] = [name for name in folders if not name.startswith((".", "__")) and
                       not os.path.exists(os.path.join(place, name, "checkpoint.pt"))]
-        paths += [Path(place, name) for name in files if name.lower().endswith(ENDINGS) and not name.startswith(".")]
+        paths += [Path(place, name) for name in files if name.lower().endswith(ENDINGS) and name[0] != "."]
     paths.sort()
     if not paths:
         raise ValueError(f"no images in {folder}: it needs files that end in {', '.join(ENDINGS)}, at any depth")
@@ -122,8 +126,8 @@ def _from_folder(folder, size, root, channels):
     if len(paths) * channels * size * size <= free_memory() / 2:
         return torch.cat(list(_decoded(folder, paths, size, channels)))
     contents = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    name, stamp = (hashlib.sha256(repr(part).encode()).hexdigest()[:16] for part in (str(folder.resolve()), contents))
-    name = f"{folder.resolve().name}-{name}-{size}x{size}x{channels}"
+    where, stamp = (hashlib.sha256(repr(it).encode()).hexdigest()[:12] for it in (folder.resolve(), contents))
+    name = f"{folder.resolve().name}-{where}-{size}x{size}x{channels}"
     file = root / "cache" / f"{name}-{stamp}.uint8"
     if not file.exists():
         for old in file.parent.glob(f"{name}-*"):
@@ -140,10 +144,10 @@ def _from_folder(folder, size, root, channels):
 def _decoded(folder, paths, size, channels):
     """The images in order, some hundreds at a time; names those that cannot be read"""
     skipped, shown = 0, time.monotonic()
-    with ThreadPoolExecutor() as pool:                      # Pillow decodes and resizes without the interpreter's lock
+    with ThreadPoolExecutor() as pool:              # Pillow decodes and resizes without the interpreter's lock
         for start in range(0, len(paths), 256):
-            images = []
-            for path, image in zip(paths[start:], pool.map(lambda path: _read(path, size, channels), paths[start:start + 256])):
+            images, part = [], paths[start:start + 256]
+            for path, image in zip(part, pool.map(lambda path: _read(path, size, channels), part)):
                 if isinstance(image, torch.Tensor):
                     images.append(image)
                 else:
@@ -153,7 +157,7 @@ def _decoded(folder, paths, size, channels):
                 yield torch.stack(images)
             if time.monotonic() - shown > 5:
                 shown = time.monotonic()
-                print(f"{min(start + 256, len(paths)):,} of {len(paths):,} images decoded", flush=True)
+                print(f"{start + len(part):,} of {len(paths):,} images decoded", flush=True)
     if skipped:
         print(f"skipped {skipped:,} of {len(paths):,} images, which could not be read", file=sys.stderr)
     if len(paths) - skipped < 2:
@@ -170,7 +174,8 @@ def _read(path, size, channels):
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.BICUBIC)
+            image = image.convert("L" if channels == 1 else "RGB")
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1).contiguous()
     except UNREADABLE as error:
         return error
@@ -194,16 +199,19 @@ def batches(images, m, device="cpu", resident=False):
     m       images per batch, drawn uniformly with replacement: every batch is full, whatever N is
 
     Images that fit into half of the device's free memory are kept there, and a batch is one index on the device;
-    others stay where they are, and each batch is copied. Raises ValueError if m < 1, if there are no images, and, with
-    resident=True, if they do not fit.
+    others stay where they are, and each batch is copied. Raises ValueError if m < 1, without images, and, with
+    resident=True, if the images do not fit.
     """
-    if m < 1 or len(images) < 1:
-        raise ValueError(f"--batch-size must be at least 1, not {m}" if m < 1 else "there are no images to draw from")
+    if m < 1:
+        raise ValueError(f"--batch-size must be at least 1, not {m}")
+    if len(images) < 1:
+        raise ValueError("there are no images to draw from")
     device = torch.device(device)
     if device.type == "cpu" or images.nbytes <= free_memory(device) / 2:
         images = images.to(device)
     elif resident:
-        raise ValueError(f"--record needs the images in the GPU's memory, and {images.nbytes:,} bytes do not fit: leave it out")
+        raise ValueError(f"--record needs the images in the GPU's memory, but {images.nbytes:,} bytes do not fit: "
+                         f"leave it out")
 
     def draw():
         while True:
@@ -214,7 +222,7 @@ def batches(images, m, device="cpu", resident=False):
     return draw()
 
 
-# ---- Images out ----------------------------------------------------------------------------------------------------
+# ---- Images out --------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def replacing(path):
@@ -255,7 +263,9 @@ def save_each(x, folder, first=0, dataset=None):
 
 
 def save_animation(paths, path):
-    """A GIF of pictures, in their order: at most 100, spread evenly, at most 512 pixels wide, all of the last one's size"""
+    """A GIF of the pictures at paths: at most 100 of them, evenly spread, at most 512 pixels wide, of one size.
+    Missing ones are left out; without any there is no GIF"""
+    paths = [path for path in paths if Path(path).exists()]
     if not paths:
         return
     paths = [paths[round(i)] for i in np.linspace(0, len(paths) - 1, min(len(paths), 100))]

@@ -1,25 +1,25 @@
-"""WGAN-GP: "Improved Training of Wasserstein GANs"
-Ishaan Gulrajani, Faruk Ahmed, Martin Arjovsky, Vincent Dumoulin, Aaron Courville, 2017, https://arxiv.org/abs/1704.00028
+"""WGAN-GP, "Improved Training of Wasserstein GANs", https://arxiv.org/abs/1704.00028 (2017)
+Ishaan Gulrajani, Faruk Ahmed, Martin Arjovsky, Vincent Dumoulin, Aaron Courville
 
-The critic D gives every image a score. As long as D is 1-Lipschitz, the difference of its mean scores on real and on
-generated images is at most their Wasserstein distance: D raises it, G lowers it. WGAN clips D's weights to keep D
-Lipschitz; here D pays for every deviation of its gradient norm from 1, at random points between real and generated.
+The critic D gives every image a score. As long as D is 1-Lipschitz, its mean score on real images minus that on
+generated ones is at most the Wasserstein distance of the two: D raises that difference, G lowers it. WGAN keeps D
+Lipschitz by clipping its weights; here D pays wherever the norm of its gradient, at random points between real and
+generated images, is not 1.
 
-    L = E[D(x_tilde)] - E[D(x)] + λ E[(‖∇D(x_hat)‖₂ - 1)²]      (3)
+    L = E[D(x_tilde)] - E[D(x)] + λ E[(‖∇_x_hat D(x_hat)‖₂ - 1)²]      (3)
 
 Differs from the paper:
-- DCGAN networks of 4x4 kernels as in the first WGAN's code; the authors' own differ from experiment to experiment.
-- width 16, so that two CPU cores show digits within minutes; the papers' DCGAN is --width 64.
-- Initialisation: torch's default, uniform like the authors' He/Glorot, but smaller. DCGAN's N(0, 0.02) learns far slower.
-- z ~ N(0, 1) in 100 dimensions, DCGAN's number; the authors' code has 128.
-- β₁ = 0 as Algorithm 1 says; the paper's appendix E and most of the authors' scripts have 0.5.
+- Networks: the DCGAN of the first WGAN's code; the authors' own differ from one of their scripts to the next.
+- --width 16, so that two CPU cores show digits within minutes; the DCGAN has --width 64.
+- Initialisation: torch's default; the authors' is uniform He/Glorot. DCGAN's N(0, 0.02) learned far slower here.
+- z has 100 dimensions, as in DCGAN; 128 in the authors' code.
+- β₁ = 0, as Algorithm 1 says; 0.5 in appendix E and in most of the authors' scripts.
 Measured: not measured
 """
 import argparse
 import contextlib
 import inspect
 import math
-import os
 import pickle
 import re
 import signal
@@ -37,38 +37,36 @@ from common import batches, channels_of, load_images, replacing, save_animation,
 SCRIPT = Path(__file__).stem
 
 
-# ---- Networks (4x4 kernels, each layer halves or doubles the image) ------------------------------------------------
+# ---- Networks: DCGAN, 4x4 kernels; every layer doubles or halves the image ---------------------------------------
 
 class Generator(nn.Sequential):
-    """G: latent -> image in [-1, 1].  (m, nz) -> (m, channels, size, size).  ValueError for a size it cannot have"""
+    """G(z): latents -> images in [-1, 1].  (m, nz) -> (m, channels, size, size).  ValueError for another size"""
     def __init__(self, nz=100, channels=1, size=32, width=16):
         if size not in (16, 32, 64, 128, 256):
             raise ValueError(f"--size must be 16, 32, 64, 128 or 256, not {size}")
         n = width * size // 8
-        layers = [nn.Unflatten(1, (nz, 1, 1)),                                          # (m, nz, 1, 1)
-                  nn.ConvTranspose2d(nz, n, 4, 1, 0, bias=False), nn.BatchNorm2d(n), nn.ReLU(True)]   # (m, n, 4, 4)
+        layers = [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, n, 4, 1, 0, bias=False)]      # (m, n, 4, 4)
         while n > width:
-            layers += [nn.ConvTranspose2d(n, n // 2, 4, 2, 1, bias=False), nn.BatchNorm2d(n // 2), nn.ReLU(True)]
-            n //= 2                                                                     # (m, n/2, 8, 8) ...
-        layers += [nn.ConvTranspose2d(n, channels, 4, 2, 1, bias=False), nn.Tanh()]     # (m, channels, size, size)
-        super().__init__(*layers)
+            layers += [nn.BatchNorm2d(n), nn.ReLU(True), nn.ConvTranspose2d(n, n // 2, 4, 2, 1, bias=False)]
+            n //= 2                                             # (m, n/2, 8, 8), ..., (m, width, size/2, size/2)
+        layers += [nn.BatchNorm2d(n), nn.ReLU(True), nn.ConvTranspose2d(n, channels, 4, 2, 1, bias=False)]
+        super().__init__(*layers, nn.Tanh())                    # (m, channels, size, size)
 
 
 class Critic(nn.Sequential):
-    """D: image -> score.  (m, channels, size, size) -> (m,).  No batch norm (§4): D(x) must depend on x alone"""
+    """D(x): images -> scores.  (m, channels, size, size) -> (m,).  No batch norm (§4): D(x) depends on x alone"""
     def __init__(self, channels=1, size=32, width=16):
         if size not in (16, 32, 64, 128, 256):
             raise ValueError(f"--size must be 16, 32, 64, 128 or 256, not {size}")
         n = width
-        layers = [nn.Conv2d(channels, n, 4, 2, 1), nn.LeakyReLU(0.2)]                   # (m, width, size/2, size/2)
+        layers = [nn.Conv2d(channels, n, 4, 2, 1), nn.LeakyReLU(0.2)]           # (m, width, size/2, size/2)
         while n < width * size // 8:
-            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1), nn.LeakyReLU(0.2)]                 # ... (m, 2n, 4, 4)
-            n *= 2
-        layers += [nn.Conv2d(n, 1, 4), nn.Flatten(0)]                                   # (m, 1, 1, 1), (m,)
-        super().__init__(*layers)
+            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1), nn.LeakyReLU(0.2)]         # (m, 2n, size/4, size/4), ...
+            n *= 2                                                              # (m, n, 4, 4)
+        super().__init__(*layers, nn.Conv2d(n, 1, 4, 1, 0), nn.Flatten(0))      # (m, 1, 1, 1), (m,)
 
 
-# ---- The penalty's gradient norm (§4) ------------------------------------------------------------------------------
+# ---- The norm in the penalty (§4) --------------------------------------------------------------------------------
 
 def grad_norm(D, x):
     """‖∇_x D(x)‖₂ of every image x, itself differentiable.  (m, C, H, W) -> (m,)"""
@@ -79,7 +77,7 @@ def grad_norm(D, x):
     return torch.linalg.vector_norm(grad, dim=(1, 2, 3))    # unlike sqrt(sum of squares), not nan at grad = 0
 
 
-# ---- Algorithm 1 ---------------------------------------------------------------------------------------------------
+# ---- Algorithm 1 -------------------------------------------------------------------------------------------------
 
 def train(
     # Algorithm 1: "default values of λ = 10, n_critic = 5, α = 0.0001, β₁ = 0, β₂ = 0.9"
@@ -91,7 +89,7 @@ def train(
     batch_size=64,          # m         images per batch
     # The networks
     nz=100,                 # z         dimensions of the latent variable
-    width=16,               #           feature maps at half size; 16 for minutes on a CPU, the papers' DCGAN has 64
+    width=16,               #           feature maps at half size; 16: minutes on a CPU, 64: the papers' DCGAN
     # The images
     dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,      #           only this class, 0 to 9
@@ -106,7 +104,7 @@ def train(
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
     record=False,           #           record one step as a CUDA graph and replay it: the same step, faster
 ):
-    """Algorithm 1; returns G, D. Raises ValueError or OSError, in one sentence, for settings or files that do not fit."""
+    """Algorithm 1.  Returns G, D.  ValueError or OSError, one sentence, for settings or files that do not fit"""
     config, device, out = start(locals())
     images = load_images(dataset, digit, size, root, config["channels"])
     G = Generator(nz, config["channels"], size, width).to(device, memory_format=torch.channels_last)
@@ -118,28 +116,30 @@ def train(
     save_images(next(P_r)[:64], out / "real.png")
     log = {}
 
-    for step in run(config, out, log, G=G, D=D, opt_G=opt_G, opt_D=opt_D):   #  1: while θ has not converged do
-        for _ in range(n_critic):                               #  2:   for t = 1, ..., n_critic do
-                                                                #  3:     for i = 1, ..., m do   (batch dimension)
-            x = next(P_r)                                       #  4:       sample real data x ~ P_r,
-            z = torch.randn(len(x), nz, device=device)          #             latent variable z ~ p(z),
-            eps = torch.rand(len(x), 1, 1, 1, device=device)    #             a random number ε ~ U[0, 1]
+    for step in run(config, out, log, G=G, D=D, opt_G=opt_G, opt_D=opt_D):  #  1: while θ has not converged do
+        for _ in range(n_critic):                             #  2:   for t = 1, ..., n_critic do
+                                                              #  3:     for i = 1, ..., m do   (batch dimension)
+            x = next(P_r)                                     #  4:       sample real data x ~ P_r,
+            z = torch.randn(len(x), nz, device=device)        #             latent variable z ~ p(z),
+            eps = torch.rand(len(x), 1, 1, 1, device=device)  #             a random number ε ~ U[0, 1]
             with torch.no_grad():
-                x_tilde = G(z)                                  #  5:       x_tilde ← G_θ(z)
-            x_hat = eps * x + (1 - eps) * x_tilde               #  6:       x_hat ← ε x + (1 − ε) x_tilde
-            penalty = (grad_norm(D, x_hat) - 1) ** 2            #  7:       L ← D_w(x_tilde) − D_w(x)
-            L = D(x_tilde) - D(x) + lam * penalty               #               + λ (‖∇_x_hat D_w(x_hat)‖₂ − 1)²
-                                                                #  8:     end for
+                x_tilde = G(z)                                #  5:       x_tilde ← G_θ(z)
+            x_hat = eps * x + (1 - eps) * x_tilde             #  6:       x_hat ← ε x + (1 − ε) x_tilde
+            # One pass for D(x_tilde) and D(x), which is faster; without batch norm neither sees the other.
+            D_x_tilde, D_x = D(torch.cat([x_tilde, x])).chunk(2)
+            penalty = (grad_norm(D, x_hat) - 1) ** 2          #  7:       L ← D_w(x_tilde) − D_w(x)
+            L = D_x_tilde - D_x + lam * penalty               #               + λ (‖∇_x_hat D_w(x_hat)‖₂ − 1)²
+                                                              #  8:     end for
             opt_D.zero_grad()
-            L.mean().backward(inputs=w)                         #  9:     w ← Adam(∇_w 1/m Σ L, w, α, β₁, β₂)
+            L.mean().backward(inputs=w)                       #  9:     w ← Adam(∇_w 1/m Σ L, w, α, β₁, β₂)
             opt_D.step()
-                                                                # 10:   end for
-        z = torch.randn(batch_size, nz, device=device)          # 11:   sample a batch of latent variables z ~ p(z)
+                                                              # 10:   end for
+        z = torch.randn(batch_size, nz, device=device)        # 11:   sample a batch of latent variables z ~ p(z)
         L_G = -D(G(z))
         opt_G.zero_grad()
-        L_G.mean().backward(inputs=theta)                       # 12:   θ ← Adam(∇_θ 1/m Σ −D_w(G_θ(z)), θ, α, β₁, β₂)
+        L_G.mean().backward(inputs=theta)                     # 12:   θ ← Adam(∇_θ 1/m Σ −D_w(G_θ(z)), θ, α, β₁, β₂)
         opt_G.step()
-                                                                # 13: end while
+                                                              # 13: end while
         log.update(L_D=L.mean(), L_G=L_G.mean(), penalty=penalty.mean(), wasserstein=(lam * penalty - L).mean())
     return G, D
 
@@ -153,19 +153,19 @@ def start(config):
     for name in config.keys() & least.keys():
         below = 1 if name.startswith("beta") else math.inf
         if not least[name] <= config[name] < below:
-            raise ValueError(f"--{name.replace('_', '-')} must be from {least[name]} to below {below}, not {config[name]}")
-    config = config | dict(script=SCRIPT, channels=config["channels"] or channels_of(config["dataset"]))
+            raise ValueError(f"{flag(name)} must be at least {least[name]} and below {below}, not {config[name]}")
+    config = config | dict(script=SCRIPT, dataset=str(Path(config["dataset"])))
+    config["channels"] = config["channels"] or channels_of(config["dataset"])
     device, out = find_device(config["device"]), run_folder(**config)
     if config["record"] and device.type != "cuda":
         raise ValueError(f"--record records CUDA steps, and the device is {device}: leave it out")
     saved = read(out)
     for name in config if saved else ():
-        if name not in ("steps", "device", "out", "root", "save_every", "record") and saved["config"].get(name) != config[name]:
-            raise ValueError(f"{out} was trained with --{name.replace('_', '-')} {saved['config'].get(name)}, not "
-                             f"{config[name]}: give the same to continue, or name another folder with --out")
+        old, new = saved["config"].get(name), config[name]
+        if old != new and name not in ("steps", "device", "out", "root", "save_every", "record"):
+            raise ValueError(f"{out} was trained with {flag(name)} {old}, not {new}: "
+                             f"give {old} to continue, or name another folder with --out")
     print(f"device: {device}\nrun folder: {out}", flush=True)
-    if not os.access(next(folder for folder in (out, *out.absolute().parents) if folder.exists()), os.W_OK):
-        raise OSError(f"--out {out} is not writable: name another folder")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -174,15 +174,23 @@ def start(config):
     return config, device, out
 
 
+def flag(name):
+    """A setting's name on the command line"""
+    return "--" + name.replace("_", "-")
+
+
 def find_device(name):
     """"auto", or what torch.device takes -> torch.device.  ValueError if it is not on this machine"""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        return torch.ones(1, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu").device
+        return torch.ones(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} is not on this machine ({str(error).splitlines()[0]}): use cpu") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} is not on this machine ({reason}): use cpu") from error
 
 
 def run_folder(out, dataset, digit, **_):
+    """OUT, or runs/SCRIPT-DATASET-DIGIT"""
     name = [SCRIPT, Path(dataset).expanduser().resolve().name, *([] if digit is None else [str(digit)])]
     return Path(out or Path("runs", "-".join(name)))
 
@@ -195,11 +203,11 @@ def read(out):
             warnings.simplefilter("ignore")     # about foreign pickles, which the sentence below is about
             saved = torch.load(path, map_location="cpu", weights_only=True)
         script = saved["config"]["script"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError,
             pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint: remove it, or name another folder with --out") from error
+        raise ValueError(f"{path} is damaged or no checkpoint: remove it, or name another --out") from error
     if script != SCRIPT:
         raise ValueError(f"{path} was written by {script}.py, not {SCRIPT}.py: name another folder with --out")
     return saved
@@ -208,7 +216,7 @@ def read(out):
 def run(config, out, log, **state):
     """Yields the steps left to do. Around them it restores, logs, saves, shows progress and obeys Ctrl-C.
 
-    log    the losses of a step, scalar tensors by name, put in by the loop; a row is their mean since the row before
+    log    the losses of a step by name, scalar tensors, put in by the loop; a row is their mean since the last row
     state  everything with a state_dict, by its name in the checkpoint
     ValueError if a loss or weight is not finite; KeyboardInterrupt after SIGINT or SIGTERM, once all is saved.
     """
@@ -220,7 +228,7 @@ def run(config, out, log, **state):
     if saved:
         rows, first, seconds = saved["log"], saved["step"], saved["seconds"]
         for name, part in state.items():
-            if "param_groups" in saved[name]:   # the settings are the same, but fused and capturable are this device's
+            if "param_groups" in saved[name]:   # equal settings, but fused and capturable are for this device
                 saved[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(saved[name])
         for module, rng in zip(random, saved["rng"]):
@@ -233,32 +241,35 @@ def run(config, out, log, **state):
         handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         for step in range(first, steps):
-            # --record: three steps run on a side stream; there the fourth is recorded, then it and all others replayed.
-            nth = step - first
-            if not graph or nth <= 3:
-                with (contextlib.nullcontext() if not graph else
-                      torch.cuda.stream(side) if nth < 3 else torch.cuda.graph(graph, stream=side)):
+            # --record: three steps run on a side stream; the fourth is recorded there, and from then on replayed.
+            context = contextlib.nullcontext()
+            if graph and step < first + 4:
+                torch.cuda.synchronize()
+                context = torch.cuda.stream(side) if step < first + 3 else torch.cuda.graph(graph, stream=side)
+            if not graph or step < first + 4:
+                with context:
                     yield step
                     for name, value in log.items():
-                        total[name] = total[name].add_(value.detach()) if name in total else value.detach().clone()
+                        total.setdefault(name, torch.zeros_like(value)).add_(value.detach())
             if graph:
-                torch.cuda.synchronize() if nth < 3 else graph.replay()
+                torch.cuda.synchronize() if step < first + 3 else graph.replay()
 
-            count, done, now = count + 1, step + 1, time.monotonic()
-            save = done % config["save_every"] == 0 or done == steps or bool(stop)
+            count, done, now, last = count + 1, step + 1, time.monotonic(), step + 1 == steps or bool(stop)
+            save = last or done % config["save_every"] == 0
             if not save and now - shown < 5:
                 continue
             means = {name: value.item() / count for name, value in total.items()}
-            broken = [name for name, value in means.items() if not math.isfinite(value)] + [
-                name for name in "GD" if not all(value.isfinite().all() for value in state[name].state_dict().values())]
+            broken = [name for name, value in means.items() if not math.isfinite(value)]
+            broken += [name for name in "GD" if not all(p.isfinite().all() for p in state[name].parameters())]
             if broken:
                 kept = f"{out} keeps the checkpoint of step {good}" if good else "there is no checkpoint yet"
                 raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr")
-            shown, speed = now, (nth + 1) / (now - begin)
+            shown, speed = now, (done - first) / (now - begin)
+            left = timedelta(seconds=round((steps - done) / speed))
             print(f"step {done}/{steps}", *(f"{name} {value:.4g}" for name, value in means.items()),
-                  f"{images * speed:.0f} images/s, {timedelta(seconds=round((steps - done) / speed))} left", sep="  ", flush=True)
+                  f"{images * speed:.0f} images/s, {left} left", sep="  ", flush=True)
             if save:
-                with torch.no_grad():           # batch norm's running statistics: an image depends on its own z alone
+                with torch.no_grad():           # by running statistics: an image depends on its own z alone
                     save_images(G.eval()(fixed_z), out / f"{done:06d}.png")
                 G.train()
                 rows = rows or [["step", "images", "seconds", *means]]
@@ -272,10 +283,10 @@ def run(config, out, log, **state):
                 good, count = done, 0
                 for value in total.values():
                     value.zero_()
-            if done == steps or stop:
+            if last:
                 save_animation([out / f"{row[0]:06d}.png" for row in rows[1:]], out / "training.gif")
-            if done < steps and stop:
-                raise KeyboardInterrupt
+                if done < steps:
+                    raise KeyboardInterrupt
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -303,8 +314,8 @@ def generate(out, n, device="auto", seed=0):
     for old in folder.glob("*.png"):
         old.unlink()
     for first in range(0, n, 64):
-        z = torch.randn(64, config["nz"], generator=noise)[:n - first]
-        save_each(G(z.to(device)), folder, first, config["dataset"])
+        z = torch.randn(64, config["nz"], generator=noise).to(device)
+        save_each(G(z)[:n - first], folder, first, config["dataset"])
     return folder
 
 
@@ -317,10 +328,11 @@ def main(argv=None):
     for name, setting in inspect.signature(train).parameters.items():
         kind = type(setting.default) if setting.annotation is setting.empty else setting.annotation
         value = dict(action="store_true") if kind is bool else dict(type=kind, metavar=kind.__name__.upper())
-        note = " ".join(notes[name].split()).replace("%", "%%") + (f" (default: {setting.default})" if kind is not bool else "")
-        parser.add_argument("--" + name.replace("_", "-"), default=setting.default, help=note, **value)
-    parser.add_argument("--generate", type=int, metavar="N",
-                        help="no training: N images from the checkpoint into OUT/generated; another --seed, other images")
+        note = " ".join(notes[name].split()).replace("%", "%%")
+        note += "" if setting.default is None or kind is bool else f" (default: {setting.default})"
+        parser.add_argument(flag(name), default=setting.default, help=note, **value)
+    parser.add_argument("--generate", type=int, metavar="N", help="instead of training, write N images "
+                        "from the checkpoint into OUT/generated; another --seed, other images")
     settings = vars(parser.parse_args(argv))
     try:
         n = settings.pop("generate")

@@ -4,7 +4,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-# Networks this small run faster on one thread; the tests' own processes inherit it, so that results are equal to the bit.
+# Networks this small run faster on one thread. The tests' child processes inherit it: equal results to the bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402

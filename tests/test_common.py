@@ -1,6 +1,7 @@
 """common.py: images in, images out"""
 import gzip
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def idx(name):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder as people have them: every colour mode, sizes from 1x1 to 4000x3000, rotated, broken, nested, not an image"""
+    """A folder as people have them: all colour modes, 1x1 to 4000x3000, rotated, broken, nested, not an image"""
     folder = tmp_path / "photos"
     (folder / "deep" / "deeper").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -71,11 +72,12 @@ def test_other_sizes_are_resized_and_channels_repeated():
 
 
 def own_root(tmp_path):
-    shutil.copytree(DATA / "MNIST" / "raw", tmp_path / "root" / "MNIST" / "raw", ignore=shutil.ignore_patterns("*ubyte"))
+    raw = Path("MNIST", "raw")
+    shutil.copytree(DATA / raw, tmp_path / "root" / raw, ignore=shutil.ignore_patterns("*ubyte"))
     return tmp_path / "root"
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"", lambda data: data[:-1] + b"\xff" + b"\x00",
+@pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"", lambda data: data + b"\x00",
                                     lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:]])
 def test_damaged_unpacked_files_are_unpacked_again(tmp_path, damage):
     root = own_root(tmp_path)
@@ -130,7 +132,7 @@ def test_a_folder_of_everything(photos, capsys):
     err = capsys.readouterr().err
     assert "corrupt.png" in err and "skipped 1 of 11" in err and len(err.splitlines()) == 2
     assert load_images(photos, size=16, channels=1).shape == (10, 1, 16, 16)
-    order = ["bits", "cmyk", "deep/deeper/rgba", "deep/grey", "dot", "large", "palette", "rgb", "rotated", "sixteen"]
+    order = "bits cmyk deep/deeper/rgba deep/grey dot large palette rgb rotated sixteen".split()
     at = dict(zip(order, images))
     assert at["dot"].flatten(1).tolist() == [[255] * 256, [0] * 256, [0] * 256]
     np.testing.assert_allclose(at["large"].float().mean((1, 2)), [0, 0, 254], atol=2)
@@ -214,7 +216,7 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(tmp_path, call, words):
 # ---- Batches ----
 
 def test_batches_are_full_uniform_with_replacement_and_exact():
-    images = torch.arange(256).to(torch.uint8).view(256, 1, 1, 1).expand(-1, 3, 4, 4)[::17]          # 16 images, 0 to 255
+    images = torch.arange(0, 256, 17).to(torch.uint8).view(16, 1, 1, 1).expand(-1, 3, 4, 4)      # 0, 17, ..., 255
     torch.manual_seed(0)
     P_r = batches(images, 100)
     x = torch.cat([next(P_r) for _ in range(160)])
@@ -264,7 +266,8 @@ def test_the_border_of_the_28_pixel_sets_comes_off(tmp_path, dataset, size, save
     assert Image.open(tmp_path / "000000.png").size == (saved, saved)
 
 
-@pytest.mark.parametrize("n, size, across", [(64, 32, 8), (1, 32, 1), (10, 16, 3), (64, 256, 8), (64, 1024, 2), (4, 4096, 1)])
+@pytest.mark.parametrize("n, size, across", [(64, 32, 8), (1, 32, 1), (10, 16, 3), (64, 256, 8), (64, 1024, 2),
+                                             (4, 4096, 1)])
 def test_a_grid_is_square_and_fits_2048_pixels(tmp_path, n, size, across):
     save_images(torch.zeros(1, 1, 1, 1).expand(n, 1, size, size), tmp_path / "new" / "grid.png")
     assert Image.open(tmp_path / "new" / "grid.png").size == (across * size, across * size)

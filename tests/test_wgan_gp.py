@@ -163,7 +163,7 @@ def test_two_iterations_equal_numpy(monkeypatch, changed):
 
     k = {**SETTINGS, **changed}
     m, n_critic, lam = k["batch_size"], k["n_critic"], k["lam"]
-    A, b = np.linspace(-0.5, 0.7, 12).astype(np.float32).astype(float).reshape(4, 3), np.array([0.1, -0.2, 0.3, 0.05])
+    A, b = np.linspace(-0.5, 0.7, 12).reshape(4, 3), np.array([0.1, -0.2, 0.3, 0.05])
     w = np.array([0.4, -0.3, 0.2, 0.6, 0.8])                 # a and s
     X = data.numpy().reshape(50, 4) / 127.5 - 1
     batch, latent, uniform = iter(drawn["randint"][1:]), iter(drawn["randn"]), iter(drawn["rand"])   # [0]: real.png
@@ -187,7 +187,8 @@ def test_two_iterations_equal_numpy(monkeypatch, changed):
             w = adam["w"].step(w, per_image.mean(0))
         a, s, z = w[:4], w[4], next(latent)
         x_tilde = z @ A.T + b
-        rows.append([L.mean(), -(x_tilde @ a + s / 2 * (x_tilde**2).sum(1)).mean(), ((norm - 1) ** 2).mean(), estimate])
+        L_G = -(x_tilde @ a + s / 2 * (x_tilde**2).sum(1))
+        rows.append([L.mean(), L_G.mean(), ((norm - 1) ** 2).mean(), estimate])
         down = -(a + s * x_tilde) / m                        # d/dx_tilde of 1/m Σ -D(x_tilde)
         A, b = adam["A"].step(A, down.T @ z), adam["b"].step(b, down.sum(0))
 
@@ -196,19 +197,19 @@ def test_two_iterations_equal_numpy(monkeypatch, changed):
     np.testing.assert_allclose(G.A.detach(), A, rtol=2e-5, atol=1e-7)
     np.testing.assert_allclose(G.b.detach(), b, rtol=2e-5)
     log = np.genfromtxt("run/log.csv", delimiter=",", names=True)
-    np.testing.assert_allclose(np.stack([log[name] for name in ("L_D", "L_G", "penalty", "wasserstein")], 1), rows,
-                               rtol=2e-5, atol=1e-6)
+    logged = np.stack([log[name] for name in ("L_D", "L_G", "penalty", "wasserstein")], axis=1)
+    np.testing.assert_allclose(logged, rows, rtol=2e-5, atol=1e-6)
     assert list(log["images"]) == [n_critic * m, 2 * n_critic * m]
     # Adam hides the scale of a gradient in the weights, not in its second moment.
     saved = torch.load("run/checkpoint.pt", weights_only=True)
     np.testing.assert_allclose(saved["opt_D"]["state"][0]["exp_avg_sq"], adam["w"].v[:4], rtol=1e-4)
     np.testing.assert_allclose(saved["opt_G"]["state"][1]["exp_avg_sq"], adam["b"].v, rtol=1e-4)
-    # D sees a leaf that wants a gradient (x_hat), two constants (x_tilde, x); in G's step, an image with a history.
-    assert QuadraticCritic.seen == 2 * (n_critic * [(True, True), (False, True), (False, True)] + [(True, False)])
+    # D sees constants (x_tilde and x), then a leaf that wants a gradient (x_hat); in G's step, images with a history.
+    assert QuadraticCritic.seen == 2 * (n_critic * [(False, True), (True, True)] + [(True, False)])
 
 
-def test_one_critic_step_raises_the_difference_and_one_generator_step_raises_the_fakes_score(monkeypatch):
-    """The signs, on the real networks: by the definition of the game, whatever the code calls it"""
+def test_a_critic_step_raises_the_difference_and_a_generator_step_raises_the_fakes_score(monkeypatch):
+    """The signs, on the real networks: the definition of the game, whatever the code looks like"""
     torch.manual_seed(0)
     x, z = torch.rand(64, 1, 16, 16) * 2 - 1, torch.randn(64, 5)
 

@@ -1,0 +1,165 @@
+"""What a reader relies on: the paper's lines in order, the help, the imports, the README"""
+import ast
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).resolve().parent.parent
+SCRIPTS = ["wgan_gp"]
+RUN = "# ---- The run: the same in every script; nothing below is in the paper"
+
+# Algorithm 1 of 1704.00028, line by line, in the script's spelling
+WGAN_GP = {
+    1: "while θ has not converged do", 2: "for t = 1, ..., n_critic do", 3: "for i = 1, ..., m do",
+    4: "sample real data x ~ P_r, latent variable z ~ p(z), a random number ε ~ U[0, 1]",
+    5: "x_tilde ← G_θ(z)", 6: "x_hat ← ε x + (1 − ε) x_tilde",
+    7: "L ← D_w(x_tilde) − D_w(x) + λ (‖∇_x_hat D_w(x_hat)‖₂ − 1)²", 8: "end for",
+    9: "w ← Adam(∇_w 1/m Σ L, w, α, β₁, β₂)", 10: "end for", 11: "sample a batch of latent variables z ~ p(z)",
+    12: "θ ← Adam(∇_θ 1/m Σ −D_w(G_θ(z)), θ, α, β₁, β₂)", 13: "end while"}
+
+
+def column(name):
+    """The right-hand column of a script: {line of the paper: its text}"""
+    lines, number = {}, None
+    for line in (TOP / f"{name}.py").read_text(encoding="utf-8").split(RUN)[0].splitlines():
+        found = re.search(r"#\s+(?:(\d+):)?\s+(\S.*)$", line)
+        if not found or line.lstrip().startswith("# --"):
+            continue
+        if found[1]:
+            number = int(found[1])
+            assert number not in lines
+            lines[number] = found[2]
+        elif number:
+            lines[number] += " " + found[2]
+    return lines
+
+
+def test_the_right_hand_column_is_algorithm_1():
+    lines = column("wgan_gp")
+    assert list(lines) == list(range(1, 14))
+    for number, text in WGAN_GP.items():
+        assert " ".join(lines[number].split()).removesuffix("(batch dimension)").strip() == text
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_one_column_is_one_column(name):
+    """The comment signs of the paper's lines stand below each other"""
+    source = (TOP / f"{name}.py").read_text(encoding="utf-8").split(RUN)[0]
+    found = (re.search(r"#\s+\d+: ", line) for line in source.splitlines())
+    places = [match.start() for match in found if match]
+    assert len(set(places[1:])) == 1 and places[0] >= places[1]
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "common"])
+def test_imports_are_the_standard_library_torch_torchvision_numpy(name):
+    tree = ast.parse((TOP / f"{name}.py").read_text(encoding="utf-8"))
+    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    allowed = {"torch", "torchvision", "numpy", "PIL"} | (set() if name == "common" else {"common"})
+    assert {module.split(".")[0] for module in found} <= allowed | set(sys.stdlib_module_names)
+
+
+def test_common_holds_data_and_images_only():
+    source = (TOP / "common.py").read_text(encoding="utf-8")
+    for word in ("nn.Module", "optim", "backward", "argparse", "state_dict", "manual_seed", "autograd", "sys.argv"):
+        assert word not in source
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_explains_every_setting(name, capsys):
+    script = importlib.import_module(name)
+    with pytest.raises(SystemExit) as end:
+        script.main(["--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert " ".join(script.__doc__.split()) in text
+    source = inspect.getsource(script.train)
+    for setting, parameter in inspect.signature(script.train).parameters.items():
+        (meaning,) = re.findall(rf"^    {setting}\b.*?,  +# +(\S.*)$", source, re.MULTILINE)
+        flag = "--" + setting.replace("_", "-")
+        meaning = re.escape(" ".join(meaning.split()))
+        shown = re.search(rf"{flag}(?: [A-Z]+)? {meaning}( \(default: (.+?)\))?(?: --|$)", text)
+        assert shown, flag
+        if parameter.default is not None and parameter.default is not False:
+            assert shown[2] == str(parameter.default)
+    assert "--generate N" in text
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_flags_all_scripts_have(name, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main(["--help"])
+    text = capsys.readouterr().out
+    common = "dataset digit root size steps batch-size lr seed device out save-every generate nz width record"
+    for flag in common.split():
+        assert f"--{flag}" in text
+
+
+def test_defaults_are_the_papers():
+    train = inspect.signature(importlib.import_module("wgan_gp").train).parameters
+    paper = dict(lam=10, n_critic=5, lr=1e-4, beta1=0, beta2=0.9, batch_size=64)
+    assert {name: train[name].default for name in paper} == paper
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_public_function_has_a_docstring(name):
+    for module in (name, "common"):
+        tree = ast.parse((TOP / f"{module}.py").read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{module}.{node.name}"
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "common"])
+def test_lines_are_at_most_116_wide(name):
+    for number, line in enumerate((TOP / f"{name}.py").read_text(encoding="utf-8").splitlines(), 1):
+        assert len(line) <= 116, f"{name}.py:{number}"
+
+
+# ---- README ----
+
+def commands():
+    text = (TOP / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_the_readmes_commands_parse(monkeypatch):
+    used = set()
+    for command in commands():
+        for part in command.split("&&"):
+            words = part.split()
+            if words[0] == "python" and words[1].endswith(".py") and "/" not in words[1]:
+                script = importlib.import_module(words[1].removesuffix(".py"))
+                seen = []
+
+                def stop(settings):
+                    seen.append(settings)
+                    raise KeyboardInterrupt
+                monkeypatch.setattr(script, "start", stop)  # train() starts with it
+                monkeypatch.setattr(script, "generate", lambda *args: seen.append(args))
+                try:
+                    script.main(words[2:])
+                except SystemExit as end:
+                    assert seen or end.code == 0, command   # got past the command line
+                used.add(words[1])
+            elif words[0] == "pip":
+                assert all((TOP / word).exists() for word in words if word.endswith(".txt")), command
+    assert used >= {f"{name}.py" for name in SCRIPTS}
+
+
+def test_the_readmes_pictures_and_links_exist_and_are_small():
+    text = (TOP / "README.md").read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        if not link.startswith("http"):
+            assert (TOP / link).exists(), link
+    assert sum(p.stat().st_size for p in (TOP / "docs").rglob("*") if p.is_file()) < 3_000_000
+
+
+def test_ci_runs_the_readmes_test_command():
+    (command,) = [command for command in commands() if "pytest" in command]
+    assert command == "pip install -r tests/requirements.txt && python -m pytest"
