@@ -29,10 +29,10 @@ DATASETS = {  # name: torchvision's class, channels
     "fashion-mnist": (datasets.FashionMNIST, 1),
     "cifar10": (datasets.CIFAR10, 3),
 }
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Whatever Pillow raises for a file that is not the image it claims to be.
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError,
-              struct.error, zlib.error, Image.DecompressionBombError)
+              RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 # ---- Images in ---------------------------------------------------------------------------------------------------
@@ -56,14 +56,14 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None):
     memory is decoded once into a file under root, and the tensor is a view of that file.
     Raises ValueError (the request makes no sense) or OSError (a file or the download failed).
     """
-    root, channels = Path(root or ROOT).expanduser(), channels_of(dataset) if channels is None else channels
+    root, channels = Path(os.path.expanduser(root or ROOT)), channels_of(dataset) if channels is None else channels
     if channels not in (1, 3):
         raise ValueError(f"--channels must be 1 (grey) or 3 (RGB), not {channels}")
     if size < 1:
         raise ValueError(f"--size must be at least 1, not {size}")
     if dataset in DATASETS:
         return _from_set(dataset, digit, size, root, channels)
-    folder = Path(dataset).expanduser()
+    folder = Path(os.path.expanduser(dataset))
     if not folder.is_dir():
         what = "is a file: unpack it and give the folder" if folder.exists() else "does not exist"
         raise ValueError(f"--dataset {dataset} {what}; known data sets are {', '.join(DATASETS)}, and any folder")
@@ -79,15 +79,15 @@ def _from_set(dataset, digit, size, root, channels):
     kind, _ = DATASETS[dataset]
     place = root / kind.__name__ / "raw" if hasattr(kind, "resources") else root
     names = [name for name, _ in kind.resources] if hasattr(kind, "resources") else [kind.filename]
-    for archive in (place / name for name in names if name.endswith("-ubyte.gz")):
-        _remove_if_damaged(archive)
     try:
+        for name, md5 in getattr(kind, "resources", ()):
+            _remove_if_damaged(place / name, md5)
         data = kind(str(root), train=True, download=True)
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise OSError(f"{dataset} could not be read from {root} or downloaded ({reason}): "
                       f"put {', '.join(names)} into {place} by hand, or name another folder with --root") from error
-    except (AssertionError, ValueError, LookupError) as error:
+    except (AssertionError, ValueError, TypeError, LookupError) as error:
         raise OSError(f"{dataset} in {place} is damaged: delete the folder, and it is fetched again") from error
     images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
@@ -102,11 +102,11 @@ def _from_set(dataset, digit, size, root, channels):
     return images.contiguous()
 
 
-def _remove_if_damaged(archive):
-    """Removes the unpacked file beside a .gz if it is not what the .gz says in its last 8 bytes (CRC32, length);
-    torchvision, which does not look inside unpacked files, then unpacks it again."""
+def _remove_if_damaged(archive, md5):
+    """Removes the unpacked file beside a good .gz if it is not what the .gz's last 8 bytes say (CRC32, length):
+    torchvision, which does not look into unpacked files, then unpacks it again"""
     unpacked = archive.with_suffix("")
-    if archive.is_file() and unpacked.is_file():
+    if unpacked.is_file() and datasets.utils.check_integrity(archive, md5):
         data = unpacked.read_bytes()
         if archive.read_bytes()[-8:] != struct.pack("<II", zlib.crc32(data), len(data)):
             unpacked.unlink()
@@ -124,7 +124,11 @@ def _from_folder(folder, size, root, channels):
         raise ValueError(f"no images in {folder}: it needs files that end in {', '.join(ENDINGS)}, at any depth")
 
     if len(paths) * channels * size * size <= free_memory() / 2:
-        return torch.cat(list(_decoded(folder, paths, size, channels)))
+        images, n = torch.empty(len(paths), channels, size, size, dtype=torch.uint8), 0
+        for part in _decoded(folder, paths, size, channels):
+            images[n:n + len(part)] = part
+            n += len(part)
+        return images[:n]
     contents = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     where, stamp = (hashlib.sha256(repr(it).encode()).hexdigest()[:12] for it in (folder.resolve(), contents))
     name = f"{folder.resolve().name}-{where}-{size}x{size}x{channels}"
@@ -171,7 +175,7 @@ def _read(path, size, channels):
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                  # 16 bits a pixel; convert("L") would cut off at 255
                 image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
+            if image.mode.endswith(("A", "a")) or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("L" if channels == 1 else "RGB")
@@ -246,7 +250,7 @@ def _picture(x):
 
 
 def save_images(x, path):
-    """One PNG of a square grid of x, (n, C, H, W) in [-1, 1]: as many of the n as fit 2048 pixels"""
+    """One PNG of x, (n, C, H, W) in [-1, 1], row by row: the largest square of them that fits 2048 pixels"""
     rows = max(1, min(2048 // x.shape[-1], int(len(x) ** 0.5)))
     grid = make_grid(x[:rows * rows], nrow=rows, padding=0)
     with replacing(path) as file:

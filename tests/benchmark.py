@@ -69,8 +69,8 @@ def train(warm, steps, **settings):
 
 def usual_way(warm, steps, n_critic=5, lam=10, m=64, lr=1e-4, betas=(0.0, 0.9)):
     """Seconds per step of the script that one finds: the same algorithm, with what slows it down"""
-    to_tensor = transforms.Compose([transforms.Resize(28), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
-    mnist = datasets.MNIST(common.ROOT, transform=to_tensor)
+    steps_per_image = [transforms.Resize(28), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+    mnist = datasets.MNIST(common.ROOT, transform=transforms.Compose(steps_per_image))
     loader = torch.utils.data.DataLoader(mnist, m, shuffle=True, drop_last=True)
     G, D = MLPGenerator(), MLPCritic()
     opt_G, opt_D = torch.optim.Adam(G.parameters(), lr, betas), torch.optim.Adam(D.parameters(), lr, betas)

@@ -88,6 +88,14 @@ def test_damaged_unpacked_files_are_unpacked_again(tmp_path, damage):
     assert torch.equal(load_images("mnist", 7, root=root), good)
 
 
+def test_a_damaged_archive_does_not_matter_beside_good_unpacked_files(tmp_path):
+    root = own_root(tmp_path)
+    good = load_images("mnist", 7, root=root)
+    for archive in (root / "MNIST" / "raw").glob("*.gz"):
+        archive.write_bytes(archive.read_bytes()[:-9])
+    assert torch.equal(load_images("mnist", 7, root=root), good)
+
+
 def test_without_archives_a_damaged_file_is_named(tmp_path):
     root = own_root(tmp_path)
     load_images("mnist", root=root)
@@ -167,6 +175,8 @@ def test_larger_than_memory_is_one_mapped_file_made_once(photos, monkeypatch, ca
     mapped = load_images(photos, size=16, root=tmp_path / "root")
     (file,) = (tmp_path / "root" / "cache").iterdir()
     assert torch.equal(mapped, in_memory) and file.stat().st_size == 10 * 3 * 16 * 16
+    if Path("/proc/self/maps").exists():
+        assert str(file) in Path("/proc/self/maps").read_text()
     assert str(file) in capsys.readouterr().out
     x = next(batches(mapped, 5))
     assert x.shape == (5, 3, 16, 16)
@@ -190,7 +200,7 @@ def test_run_folders_and_hidden_folders_inside_are_left_out(photos):
 
 
 @pytest.mark.parametrize("call, words", [
-    (dict(dataset="nowhere"), "--dataset nowhere does not exist; known data sets are mnist, fashion-mnist, cifar10"),
+    (dict(dataset="nowhere"), "--dataset nowhere does not exist; known data sets are mnist, fashion-mnist"),
     (dict(dataset="file.zip"), "--dataset file.zip is a file"),
     (dict(dataset="empty"), "no images in empty"),
     (dict(dataset="broken"), "broken holds 0 readable images"),
@@ -224,8 +234,8 @@ def test_batches_are_full_uniform_with_replacement_and_exact():
     assert x.min() == -1 and x.max() == 1
     counts = torch.bincount(((x[:, 0, 0, 0] + 1) * 127.5 / 17).round().long())
     assert len(counts) == 16 and ((counts - 1000).abs() < 5 * 1000**0.5).all()
-    per_batch = torch.tensor([len(part.unique()) for part in x[:, 0, 0, 0].split(100)])
-    assert (per_batch < 16).any() or per_batch.max() == 16
+    first = x[:, 0, 0, 0].view(-1, 100)[:, :16]             # without replacement these 16 would always differ
+    assert max(len(part.unique()) for part in first) < 16
     assert next(batches(images, 5)).shape[0] == 5 and next(batches(images[:2], 64)).shape[0] == 64
 
 

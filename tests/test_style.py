@@ -160,6 +160,35 @@ def test_the_readmes_pictures_and_links_exist_and_are_small():
     assert sum(p.stat().st_size for p in (TOP / "docs").rglob("*") if p.is_file()) < 3_000_000
 
 
+def test_the_readme_is_filled_in_and_its_snippet_runs():
+    text = (TOP / "README.md").read_text(encoding="utf-8")
+    assert "@@" not in text and re.search(r"!\[.*\]\(docs/.*\.png\)", text)
+    importlib.import_module("wgan_gp").main("--digit 7 --steps 1 --width 1 --device cpu".split())
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    values = {}
+    exec(snippet, values)
+    assert values["x"].shape == (64, 1, 32, 32) and values["x"].abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_measured_is_measured(name):
+    text = importlib.import_module(name).__doc__
+    assert re.search(r"^Measured: .*`python .*torch \d", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_paper_part_is_short(name):
+    assert len((TOP / f"{name}.py").read_text(encoding="utf-8").split(RUN)[0].splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_is_banned(name):
+    source = (TOP / f"{name}.py").read_text(encoding="utf-8")
+    for word in ("Variable(", "FloatTensor", "backward(one", "retain_graph", "grad_outputs", "**kwargs", "*args",
+                 "BatchNorm2d(n, 0.8", "except Exception", "except:", "requires_grad = "):
+        assert word not in source
+
+
 def test_ci_runs_the_readmes_test_command():
     (command,) = [command for command in commands() if "pytest" in command]
     assert command == "pip install -r tests/requirements.txt && python -m pytest"

@@ -83,9 +83,24 @@ def test_other_sizes_are_refused(size):
             network()
 
 
-def test_critic_has_no_batch_norm_and_ends_linear():
-    assert not [m for m in Critic().modules() if "Norm" in type(m).__name__]
-    assert [type(m) for m in list(Critic())[-2:]] == [nn.Conv2d, nn.Flatten]
+def test_the_layers_are_those_of_dcgan_and_the_critic_has_no_batch_norm_and_ends_linear():
+    def shape(layer):
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            (k, _), (s, _), (p, _) = layer.kernel_size, layer.stride, layer.padding
+            bias = "" if layer.bias is None else "+bias"
+            return f"{layer.in_channels}-{layer.out_channels} k{k} s{s} p{p}{bias}"
+        details = dict(BatchNorm2d=["num_features", "eps", "momentum", "affine"], LeakyReLU=["negative_slope"])
+        name = type(layer).__name__
+        return " ".join([name, *(str(getattr(layer, key)) for key in details.get(name, ()))])
+
+    def norm(n):
+        return [f"BatchNorm2d {n} 1e-05 0.1 True", "ReLU"]
+    assert [shape(layer) for layer in Generator(100, 3, 32, 16)] == [
+        "Unflatten", "100-64 k4 s1 p0", *norm(64), "64-32 k4 s2 p1", *norm(32), "32-16 k4 s2 p1", *norm(16),
+        "16-3 k4 s2 p1", "Tanh"]
+    assert [shape(layer) for layer in Critic(3, 32, 16)] == [
+        "3-16 k4 s2 p1+bias", "LeakyReLU 0.2", "16-32 k4 s2 p1+bias", "LeakyReLU 0.2",
+        "32-64 k4 s2 p1+bias", "LeakyReLU 0.2", "64-1 k4 s1 p0+bias", "Flatten"]
 
 
 def test_both_networks_keep_the_default_initialisation():
@@ -184,7 +199,8 @@ def test_two_iterations_equal_numpy(monkeypatch, changed):
                 x_tilde - x + pull,
                 (x_tilde**2).sum(1) / 2 - (x**2).sum(1) / 2 + (pull * x_hat).sum(1)])
             estimate = score(x).mean() - score(x_tilde).mean()
-            w = adam["w"].step(w, per_image.mean(0))
+            g_w = per_image.mean(0)
+            w = adam["w"].step(w, g_w)
         a, s, z = w[:4], w[4], next(latent)
         x_tilde = z @ A.T + b
         L_G = -(x_tilde @ a + s / 2 * (x_tilde**2).sum(1))
@@ -200,11 +216,14 @@ def test_two_iterations_equal_numpy(monkeypatch, changed):
     logged = np.stack([log[name] for name in ("L_D", "L_G", "penalty", "wasserstein")], axis=1)
     np.testing.assert_allclose(logged, rows, rtol=2e-5, atol=1e-6)
     assert list(log["images"]) == [n_critic * m, 2 * n_critic * m]
+    # What is left in .grad is the last gradient of each line: nothing leaks from one network's step to the other.
+    np.testing.assert_allclose(np.append(D.a.grad, D.s.grad), g_w, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(G.A.grad, down.T @ z, rtol=1e-3, atol=1e-6)
     # Adam hides the scale of a gradient in the weights, not in its second moment.
     saved = torch.load("run/checkpoint.pt", weights_only=True)
     np.testing.assert_allclose(saved["opt_D"]["state"][0]["exp_avg_sq"], adam["w"].v[:4], rtol=1e-4)
     np.testing.assert_allclose(saved["opt_G"]["state"][1]["exp_avg_sq"], adam["b"].v, rtol=1e-4)
-    # D sees constants (x_tilde and x), then a leaf that wants a gradient (x_hat); in G's step, images with a history.
+    # D sees constants (x_tilde, x), then a leaf that wants a gradient (x_hat); in G's step, images with a history.
     assert QuadraticCritic.seen == 2 * (n_critic * [(False, True), (True, True)] + [(True, False)])
 
 
