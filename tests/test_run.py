@@ -297,7 +297,7 @@ def test_generate_refuses(script, capsys, count):
     ("--channels 2", "--channels must be 1"), ("--device nothing", "--device nothing is not on this machine"),
     ("--out file/run", "file/run"), ("--out file", "file"), ("--unknown 3", "--unknown"),
     ("--dataset cifar10 --root empty", "cifar-10-python.tar.gz"),
-    ("--root file", "--root"), ("--steps 10000000000000000", "--steps"), ("--channels 0", "--channels must be"),
+    ("--root file", "--root"), ("--steps 10000000000000", "--steps"), ("--channels 0", "--channels must be"),
     ("--dataset ~nobody/x", "--dataset ~nobody/x does not exist"), ("--device meta", "--device meta is not"),
 ])
 def test_errors_are_one_sentence(script, capsys, tmp_path, args, words):
@@ -442,7 +442,7 @@ assert state() == before
 
 def test_training_as_a_library_call(script):
     tiny = dict(digit=7, size=16, width=2, nz=8, batch_size=8, device="cpu")
-    for steps in (1, 2):                                    # a path is as good as a string, also when it continues
+    for steps in (1, 2):                                    # a path is as good as a string, and can be continued
         G, D = script.train(steps=steps, out=Path("run"), **tiny)
     assert D(G(torch.randn(5, 8))).shape == (5,)
     with pytest.raises(ValueError, match="--steps"):
