@@ -204,7 +204,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(script, number):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(number)
-    _, err = process.communicate()
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert len(err.splitlines()) == 1 and "the same command continues" in err
     done = saved("run")["step"]
