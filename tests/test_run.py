@@ -242,6 +242,17 @@ def test_root_and_save_every_and_place_may_change(script):
     assert saved("there")["step"] == 4
 
 
+def test_how_a_step_is_made_is_this_runs_not_the_checkpoints(script):
+    main(script, "--steps", 2, "--out", "run")
+    groups = saved("run")["opt_D"]["param_groups"]
+    checkpoint = saved("run")
+    for name in ("opt_G", "opt_D"):                         # as saved by a recorded run on CUDA
+        checkpoint[name]["param_groups"][0].update(capturable=True)
+    torch.save(checkpoint, "run/checkpoint.pt")
+    main(script, "--steps", 3, "--out", "run")
+    assert_same(saved("run")["opt_D"]["param_groups"], groups)
+
+
 # ---- Generate and load ----
 
 def test_generate_writes_a_folder_of_images(script, capsys):
@@ -410,7 +421,7 @@ def test_the_folder_of_the_images_is_not_written_into(script, capsys):
     for i in range(2):
         Image.new("L", (8, 8)).save(f"mine/{i:06d}.png")
     with pytest.raises(SystemExit):
-        script.main("--dataset mine --out ./mine --device cpu".split())
+        script.main("--dataset mine --out ./mine --device cpu --steps 1 --width 2 --size 16".split())
     assert "is the folder of the images" in capsys.readouterr().err and len(list(Path("mine").iterdir())) == 2
 
 
