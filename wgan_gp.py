@@ -8,7 +8,7 @@ generated images, is not 1.
 
     L = E[D(x_tilde)] - E[D(x)] + λ E[(‖∇_x_hat D(x_hat)‖₂ - 1)²]      (3)
 
-Differs from the paper:
+Differs from the paper, or from its authors' code:
 - Networks: the DCGAN of the first WGAN's code, the critic without batch norm and with biases, on 32x32 pixels in
   [-1, 1]. The authors' differ from script to script; for MNIST 5x5 kernels, 28x28 pixels in [0, 1].
 - --width 16, --steps 4000, for two CPU cores and minutes. The DCGAN has width 64; the authors took 200,000 steps.
@@ -39,7 +39,7 @@ from common import batches, channels_of, load_images, replacing, save_animation,
 SCRIPT = Path(__file__).stem
 
 
-# ---- Networks: DCGAN, 4x4 kernels; every layer doubles or halves the image ---------------------------------------
+# ---- Networks: 4x4 kernels, as in DCGAN; from 4x4 pixels on every layer doubles or halves the image --------------
 
 class Generator(nn.Sequential):
     """G(z): latents -> images in [-1, 1].  (m, nz) -> (m, channels, size, size).  ValueError for another size"""
@@ -156,7 +156,8 @@ def start(config):
     config["script"], dataset = SCRIPT, config["dataset"]
     config["channels"] = channels_of(dataset) if config["channels"] is None else config["channels"]
     least = dict.fromkeys("steps batch_size save_every n_critic nz width channels".split(), 1)
-    least |= dict.fromkeys("lr beta1 beta2 lam c margin pretrain".split(), 0)
+    least |= dict.fromkeys("lr beta1 beta2 lam pt margin pretrain".split(), 0)
+    least |= dict.fromkeys("abc", -2**31) if "a" in config else {"c": 0}     # LSGAN's labels, WGAN's bound
     for name in config.keys() & least.keys():
         below = 1 if name.startswith("beta") else 2**31
         if not least[name] <= config[name] < below:
@@ -166,6 +167,8 @@ def start(config):
         raise ValueError(f"--out {out} is the folder of the images: name another folder")
     if config["record"] and device.type != "cuda":
         raise ValueError(f"--record records CUDA steps, and the device is {device}: leave it out")
+    if config["record"] and (config.get("authors_loop") or config.get("pretrain")):
+        raise ValueError("--record repeats one step, and --authors-loop and --pretrain change it: leave it out")
     saved = read(out)
     for name in config if saved else ():
         old, new = saved["config"].get(name), config[name]
@@ -224,6 +227,14 @@ def read(out):
     return saved
 
 
+def images_seen(config, steps):
+    """Real images drawn for D in so many steps"""
+    updates = steps * config.get("n_critic", 1)
+    if config.get("authors_loop"):
+        updates += (100 - config["n_critic"]) * (min(steps, 25) + max(steps - 1, 0) // 500)
+    return updates * config["batch_size"]
+
+
 def run(config, out, log, **state):
     """Yields the steps left to do. Around them it restores, logs, saves, shows progress and obeys Ctrl-C.
 
@@ -233,7 +244,6 @@ def run(config, out, log, **state):
     """
     G, steps, device = state["G"], config["steps"], next(state["G"].parameters()).device
     fixed_z = torch.randn(64, config["nz"], generator=torch.Generator().manual_seed(0)).to(device)
-    images = config["batch_size"] * config.get("n_critic", 1)
     random = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
     total, count, rows, first, seconds, saved = {}, 0, [], 0, 0.0, read(out)
     if saved:
@@ -279,16 +289,16 @@ def run(config, out, log, **state):
                 kept = f"{out} keeps the checkpoint of step {good}" if good else "there is no checkpoint yet"
                 raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr")
             shown = now = time.perf_counter()   # after item(): the device has done what was asked of it
-            speed = (done - first) / (now - begin)
-            left = timedelta(seconds=round((steps - done) / speed))
+            speed = (images_seen(config, done) - images_seen(config, first)) / (now - begin)
+            left = timedelta(seconds=round((steps - done) * (now - begin) / (done - first)))
             print(f"step {done}/{steps}", *(f"{name} {value:.4g}" for name, value in means.items()),
-                  f"{images * speed:.0f} images/s, {left} left", sep="  ", flush=True)
+                  f"{speed:.0f} images/s, {left} left", sep="  ", flush=True)
             if save:
                 with torch.no_grad():           # by running statistics: an image depends on its own z alone
                     save_images(G.eval()(fixed_z), out / f"{done:06d}.png")
                 G.train()
                 rows = rows or [["step", "images", "seconds", *means]]
-                rows.append([done, done * images, round(seconds + now - begin, 1), *means.values()])
+                rows.append([done, images_seen(config, done), round(seconds + now - begin, 1), *means.values()])
                 if last:
                     save_animation([out / f"{row[0]:06d}.png" for row in rows[1:]], out / "training.gif")
                 with replacing(out / "log.csv") as file:

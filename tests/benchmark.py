@@ -3,9 +3,10 @@
 usual   critic updates per second of wgan_gp.py and of the usual way of writing it, by turns, same networks
 matrix  the floating-point operations of a step of width 64 against what this machine reaches in matrix products
 memory  resident memory of the default command, after 10 and after 1,000 steps
-cuda    milliseconds per step, eager and recorded (--record), where there is a GPU
+cuda    milliseconds per step of every script, eager and recorded (--record), where there is a GPU
 """
 import contextlib
+import importlib
 import io
 import os
 import platform
@@ -179,22 +180,23 @@ def cuda(rounds=3):
         print("cuda: not measured (no CUDA here)")
         return
     print(torch.cuda.get_device_name())
-    for width in (16, 64):
-        for _ in range(rounds):
-            times = []
-            for record in (False, True):
-                began = []
-                for steps in (200, 1200):                   # their difference leaves the start and the saving out
-                    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as out:
-                        began.append(time.perf_counter())
-                        wgan_gp.train(steps=steps, save_every=10**9, out=out, width=width, record=record,
-                                      device="cuda")
-                        torch.cuda.synchronize()
-                        began[-1] = time.perf_counter() - began[-1]
-                times.append(began[1] - began[0])
-            eager, recorded = times
-            print(f"cuda: width {width}: {eager:.3f} ms/step eager, {recorded:.3f} recorded; "
-                  f"{1000 * 320 / eager:,.0f} and {1000 * 320 / recorded:,.0f} images/s")
+    for name in ("wgan", "wgan_gp", "lsgan", "ebgan"):
+        script = importlib.import_module(name)
+        for width in (16, 64):
+            for _ in range(rounds):
+                times = []
+                for record in (False, True):
+                    began = []
+                    for steps in (200, 1200):               # their difference leaves the start and the saving out
+                        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as out:
+                            began.append(time.perf_counter())
+                            script.train(steps=steps, save_every=10**9, out=out, width=width, record=record,
+                                         device="cuda")
+                            torch.cuda.synchronize()
+                            began[-1] = time.perf_counter() - began[-1]
+                    times.append(began[1] - began[0])
+                eager, recorded = times
+                print(f"cuda: {name} width {width}: {eager:.3f} ms/step eager, {recorded:.3f} recorded")
 
 
 if __name__ == "__main__":

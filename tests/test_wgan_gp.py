@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import wgan_gp
+from truth import A0, B0, Adam, Drawn, LinearGenerator, QuadraticCritic, described, logged
 from wgan_gp import Critic, Generator, grad_norm
 
 
@@ -84,21 +85,12 @@ def test_other_sizes_are_refused(size):
 
 
 def test_the_layers_are_those_of_dcgan_and_the_critic_has_no_batch_norm_and_ends_linear():
-    def shape(layer):
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            (k, _), (s, _), (p, _) = layer.kernel_size, layer.stride, layer.padding
-            bias = "" if layer.bias is None else "+bias"
-            return f"{layer.in_channels}-{layer.out_channels} k{k} s{s} p{p}{bias}"
-        details = dict(BatchNorm2d=["num_features", "eps", "momentum", "affine"], LeakyReLU=["negative_slope"])
-        name = type(layer).__name__
-        return " ".join([name, *(str(getattr(layer, key)) for key in details.get(name, ()))])
-
     def norm(n):
         return [f"BatchNorm2d {n} 1e-05 0.1 True", "ReLU"]
-    assert [shape(layer) for layer in Generator(100, 3, 32, 16)] == [
+    assert described(Generator(100, 3, 32, 16)) == [
         "Unflatten", "100-64 k4 s1 p0", *norm(64), "64-32 k4 s2 p1", *norm(32), "32-16 k4 s2 p1", *norm(16),
         "16-3 k4 s2 p1", "Tanh"]
-    assert [shape(layer) for layer in Critic(3, 32, 16)] == [
+    assert described(Critic(3, 32, 16)) == [
         "3-16 k4 s2 p1+bias", "LeakyReLU 0.2", "16-32 k4 s2 p1+bias", "LeakyReLU 0.2",
         "32-64 k4 s2 p1+bias", "LeakyReLU 0.2", "64-1 k4 s1 p0+bias", "Flatten"]
 
@@ -114,79 +106,24 @@ def test_both_networks_keep_the_default_initialisation():
 
 # ---- Algorithm 1, two whole iterations, against numpy ----
 
-class LinearGenerator(nn.Module):
-    """G(z) = A z + b, as an image of 2x2 pixels"""
-    def __init__(self, nz, channels, size, width):
-        super().__init__()
-        self.A = nn.Parameter(torch.linspace(-0.5, 0.7, 4 * nz).view(4, nz))
-        self.b = nn.Parameter(torch.tensor([0.1, -0.2, 0.3, 0.05]))
-
-    def forward(self, z):
-        return (z @ self.A.T + self.b).view(-1, 1, 2, 2)
-
-
-class QuadraticCritic(nn.Module):
-    """D(x) = <a, x> + s/2 ‖x‖², whose gradient a + s x depends on where it is taken"""
-    seen = []
-
-    def __init__(self, channels, size, width):
-        super().__init__()
-        self.a = nn.Parameter(torch.tensor([0.4, -0.3, 0.2, 0.6]))
-        self.s = nn.Parameter(torch.tensor(0.8))
-
-    def forward(self, x):
-        self.seen.append((x.requires_grad, x.is_leaf))
-        return x.flatten(1) @ self.a + self.s / 2 * x.flatten(1).square().sum(1)
-
-
-class Adam:
-    """Kingma & Ba, Algorithm 1, in float64"""
-    def __init__(self, lr, beta1, beta2):
-        self.lr, self.beta1, self.beta2, self.t, self.m, self.v = lr, beta1, beta2, 0, 0, 0
-
-    def step(self, w, g):
-        self.t += 1
-        self.m = self.beta1 * self.m + (1 - self.beta1) * g
-        self.v = self.beta2 * self.v + (1 - self.beta2) * g**2
-        m, v = self.m / (1 - self.beta1**self.t), self.v / (1 - self.beta2**self.t)
-        return w - self.lr * m / (v**0.5 + 1e-8)
-
-
 SETTINGS = dict(lam=10.0, n_critic=5, lr=1e-4, beta1=0.0, beta2=0.9, batch_size=64)
 
 
 @pytest.mark.parametrize("changed", [{}, dict(lam=3.0, n_critic=3, lr=0.02, beta1=0.5, beta2=0.7, batch_size=4)])
 def test_two_iterations_equal_numpy(monkeypatch, changed):
-    data = torch.tensor(np.random.default_rng(0).integers(0, 256, (50, 1, 2, 2)), dtype=torch.uint8)
-    drawn = {"randint": [], "randn": [], "rand": []}
-
-    def recorded(name, draw):
-        def wrapper(*args, **kwargs):
-            value = draw(*args, **kwargs)
-            if "generator" not in kwargs:                    # the pictures' fixed latents have their own generator
-                drawn[name].append(value.double().numpy())
-            return value
-        return wrapper
-    for name in drawn:
-        monkeypatch.setattr(torch, name, recorded(name, getattr(torch, name)))
-    monkeypatch.setattr(wgan_gp, "load_images", lambda *_: data)
-    monkeypatch.setattr(wgan_gp, "Generator", LinearGenerator)
-    monkeypatch.setattr(wgan_gp, "Critic", QuadraticCritic)
-    QuadraticCritic.seen.clear()
+    drawn = Drawn(monkeypatch, wgan_gp, Generator=LinearGenerator, Critic=QuadraticCritic)
     # {}: the defaults of train() are those of the paper, which SETTINGS repeats
     G, D = wgan_gp.train(**changed, steps=2, nz=3, device="cpu", out="run", save_every=1)
 
     k = {**SETTINGS, **changed}
     m, n_critic, lam = k["batch_size"], k["n_critic"], k["lam"]
-    A, b = np.linspace(-0.5, 0.7, 12).reshape(4, 3), np.array([0.1, -0.2, 0.3, 0.05])
-    w = np.array([0.4, -0.3, 0.2, 0.6, 0.8])                 # a and s
-    X = data.numpy().reshape(50, 4) / 127.5 - 1
-    batch, latent, uniform = iter(drawn["randint"][1:]), iter(drawn["randn"]), iter(drawn["rand"])   # [0]: real.png
+    A, b, w = A0, B0, np.array(QuadraticCritic.start)        # w: a and s
+    real, latent, uniform = drawn.real(), drawn["randn"], drawn["rand"]
     adam = {name: Adam(k["lr"], k["beta1"], k["beta2"]) for name in ("w", "A", "b")}
     rows = []
     for _ in range(2):
         for _ in range(n_critic):
-            x, z, eps = X[next(batch).astype(int)], next(latent), next(uniform).reshape(m, 1)
+            x, z, eps = next(real), next(latent), next(uniform).reshape(m, 1)
             x_tilde = z @ A.T + b
             x_hat = eps * x + (1 - eps) * x_tilde
             a, s = w[:4], w[4]
@@ -208,14 +145,12 @@ def test_two_iterations_equal_numpy(monkeypatch, changed):
         down = -(a + s * x_tilde) / m                        # d/dx_tilde of 1/m Σ -D(x_tilde)
         A, b = adam["A"].step(A, down.T @ z), adam["b"].step(b, down.sum(0))
 
-    assert not any(list(rest) for rest in (batch, latent, uniform))     # every number drawn was used, each once
+    assert not any(list(rest) for rest in (real, latent, uniform))     # every number drawn was used, each once
     np.testing.assert_allclose(np.append(D.a.detach(), D.s.detach()), w, rtol=2e-6)
     np.testing.assert_allclose(G.A.detach(), A, rtol=2e-5, atol=1e-7)
     np.testing.assert_allclose(G.b.detach(), b, rtol=2e-5)
-    log = np.genfromtxt("run/log.csv", delimiter=",", names=True)
-    logged = np.stack([log[name] for name in ("L_D", "L_G", "penalty", "wasserstein")], axis=1)
-    np.testing.assert_allclose(logged, rows, rtol=2e-5, atol=1e-6)
-    assert list(log["images"]) == [n_critic * m, 2 * n_critic * m]
+    np.testing.assert_allclose(logged("run", "L_D", "L_G", "penalty", "wasserstein"), rows, rtol=2e-5, atol=1e-6)
+    assert logged("run", "images").tolist() == [[n_critic * m], [2 * n_critic * m]]
     # What is left in .grad is the last gradient of each line: nothing leaks from one network's step to the other.
     np.testing.assert_allclose(np.append(D.a.grad, D.s.grad), g_w, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(G.A.grad, down.T @ z, rtol=1e-3, atol=1e-6)
@@ -224,7 +159,8 @@ def test_two_iterations_equal_numpy(monkeypatch, changed):
     np.testing.assert_allclose(saved["opt_D"]["state"][0]["exp_avg_sq"], adam["w"].v[:4], rtol=1e-4)
     np.testing.assert_allclose(saved["opt_G"]["state"][1]["exp_avg_sq"], adam["b"].v, rtol=1e-4)
     # D sees constants (x_tilde, x), then a leaf that wants a gradient (x_hat); in G's step, images with a history.
-    assert QuadraticCritic.seen == 2 * (n_critic * [(False, True), (True, True)] + [(True, False)])
+    seen = [what[:2] for what in QuadraticCritic.seen]
+    assert seen == 2 * (n_critic * [(False, True), (True, True)] + [(True, False)])
 
 
 def test_a_critic_step_raises_the_difference_and_a_generator_step_raises_the_fakes_score(monkeypatch):

@@ -1,0 +1,142 @@
+"""wgan.py against the paper: the clip, the networks, and Algorithm 1 against numpy"""
+import numpy as np
+import pytest
+import torch
+
+import wgan
+from truth import (A0, B0, Drawn, LinearGenerator, QuadraticCritic, RMSProp, assert_dcgan_initialisation,
+                   dcgan_critic, described, logged)
+from wgan import Critic, Generator
+
+
+# ---- The networks ----
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shapes_and_range(size, channels):
+    G, D = Generator(7, channels, size, 2), Critic(channels, size, 2)
+    x = G(torch.randn(3, 7))
+    assert x.shape == (3, channels, size, size) and x.abs().max() <= 1
+    assert D(x).shape == (3,)
+
+
+@pytest.mark.parametrize("size, in_G, in_D", [(64, 3_576_704, 2_765_568), (32, 1_068_928, 663_296)])
+def test_as_many_parameters_as_the_authors_networks(size, in_G, in_D):
+    assert sum(p.numel() for p in Generator(100, 3, size, 64).parameters()) == in_G
+    assert sum(p.numel() for p in Critic(3, size, 64).parameters()) == in_D
+
+
+@pytest.mark.parametrize("size", [0, 8, 33, 48, 512])
+def test_other_sizes_are_refused(size):
+    for network in (lambda: Generator(100, 1, size, 4), lambda: Critic(1, size, 4)):
+        with pytest.raises(ValueError, match=f"--size .* not {size}"):
+            network()
+
+
+def test_the_critic_is_dcgans_and_ends_linear():
+    assert described(Critic(3, 32, 16)) == dcgan_critic()
+
+
+def test_both_networks_are_initialised_as_dcgan():
+    torch.manual_seed(0)
+    assert_dcgan_initialisation(Generator(100, 1, 32, 64), Critic(1, 32, 64))
+
+
+# ---- Algorithm 1, two whole iterations, against numpy ----
+
+SETTINGS = dict(lr=5e-5, c=0.01, n_critic=5, batch_size=64)
+
+
+@pytest.mark.parametrize("changed, clipped", [({}, 5), (dict(lr=3e-3, c=0.5, n_critic=3, batch_size=4), 2)])
+def test_two_iterations_equal_numpy(monkeypatch, changed, clipped):
+    drawn = Drawn(monkeypatch, wgan, Generator=LinearGenerator, Critic=QuadraticCritic)
+    # {}: the defaults of train() are those of the paper, which SETTINGS repeats
+    G, D = wgan.train(**changed, steps=2, nz=3, device="cpu", out="run", save_every=1)
+
+    k = {**SETTINGS, **changed}
+    m, n_critic, lr, c = k["batch_size"], k["n_critic"], k["lr"], k["c"]
+    A, b, w = A0, B0, np.array(QuadraticCritic.start)        # w: a and s
+    real, latent = drawn.real(), drawn["randn"]
+    rmsprop = {name: RMSProp() for name in ("w", "A", "b")}
+    rows, was_clipped, was_not = [], set(), 0
+    for _ in range(2):
+        for _ in range(n_critic):
+            x, z = next(real), next(latent)
+            x_tilde = z @ A.T + b
+            score = lambda x: x @ w[:4] + w[4] / 2 * (x**2).sum(1)
+            estimate = score(x).mean() - score(x_tilde).mean()
+            g_w = np.append((x - x_tilde).mean(0), ((x**2).sum(1) - (x_tilde**2).sum(1)).mean() / 2)
+            w = w + lr * rmsprop["w"].direction(g_w)
+            was_clipped |= set(np.flatnonzero(abs(w) > c))
+            was_not += (abs(w) < c).sum()
+            w = np.clip(w, -c, c)
+        z = next(latent)
+        x_tilde = z @ A.T + b
+        L_G = -(x_tilde @ w[:4] + w[4] / 2 * (x_tilde**2).sum(1)).mean()
+        rows.append([-estimate, L_G, estimate])
+        down = -(w[:4] + w[4] * x_tilde) / m                 # d/dx_tilde of -1/m Σ f_w(x_tilde)
+        A = A - lr * rmsprop["A"].direction(down.T @ z)
+        b = b - lr * rmsprop["b"].direction(down.sum(0))
+
+    assert len(was_clipped) >= clipped and was_not          # both kinds of weights are among those compared
+    assert not any(list(rest) for rest in (real, latent))   # every number drawn was used, each once
+    np.testing.assert_allclose(np.append(D.a.detach(), D.s.detach()), w, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(G.A.detach(), A, rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(G.b.detach(), b, rtol=2e-5)
+    np.testing.assert_allclose(logged("run", "L_D", "L_G", "wasserstein"), rows, rtol=2e-4, atol=1e-6)
+    assert logged("run", "images").tolist() == [[n_critic * m], [2 * n_critic * m]]
+    np.testing.assert_allclose(np.append(D.a.grad, D.s.grad), g_w, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(G.A.grad, down.T @ z, rtol=1e-3, atol=1e-6)
+    # RMSProp hides the scale of a gradient in the weights, not in its second moment.
+    saved = torch.load("run/checkpoint.pt", weights_only=True)
+    np.testing.assert_allclose(saved["opt_D"]["state"][0]["square_avg"], rmsprop["w"].v[:4], rtol=1e-4)
+    np.testing.assert_allclose(saved["opt_G"]["state"][1]["square_avg"], rmsprop["b"].v, rtol=1e-4)
+    # D sees constants, x and x_tilde in passes of their own, then images with a history. After the first
+    # update no weight that D scores with is above c: the clip comes after the update.
+    assert [what[:2] for what in QuadraticCritic.seen] == 2 * (2 * n_critic * [(False, True)] + [(True, False)])
+    assert all(largest <= np.float32(c) for _, _, largest in QuadraticCritic.seen[2:])
+
+
+def test_the_clip_reaches_every_weight_of_the_critic_batch_norms_too_and_not_the_generators():
+    G, D = wgan.train(steps=1, n_critic=1, digit=7, size=16, width=4, nz=5, device="cpu", out="run")
+    for p in D.parameters():
+        assert p.abs().max() <= np.float32(0.01)
+    assert (D[3].weight == np.float32(0.01)).all() and D[0].weight.abs().max() == np.float32(0.01)
+    assert G[1].weight.abs().max() > 0.03
+
+
+def test_a_critic_step_raises_the_difference_and_a_generator_step_raises_the_fakes_score(monkeypatch):
+    """The signs, on the real networks: the definition of the game, whatever the code looks like"""
+    torch.manual_seed(0)
+    x, z = torch.rand(64, 1, 16, 16) * 2 - 1, torch.randn(64, 5)
+
+    def networks(cls, *args):
+        torch.manual_seed(1)
+        return cls(*args)
+    monkeypatch.setattr(wgan, "load_images", lambda *_: ((x + 1) * 127.5).round().to(torch.uint8))
+    G0, D0 = networks(Generator, 5, 1, 16, 4), networks(Critic, 1, 16, 4)
+    monkeypatch.setattr(wgan, "Generator", lambda *args: networks(Generator, *args))
+    monkeypatch.setattr(wgan, "Critic", lambda *args: networks(Critic, *args))
+    G, D = wgan.train(steps=1, n_critic=1, size=16, width=4, nz=5, lr=1e-3, c=9.0, device="cpu", out="run")
+    with torch.no_grad():
+        before = D0(x).mean() - D0(G0(z)).mean()
+        assert D(x).mean() - D(G0(z)).mean() > before
+        assert D(G(z)).mean() > D(G0(z)).mean()
+
+
+def test_the_authors_loop_has_100_critic_updates_in_steps_1_to_25_501_and_1001(monkeypatch):
+    drawn = Drawn(monkeypatch, wgan, Generator=LinearGenerator, Critic=QuadraticCritic)
+    settings = dict(n_critic=1, nz=3, batch_size=2, authors_loop=True, device="cpu", out="run", save_every=1)
+    wgan.train(**settings, steps=26)
+    wgan.train(**settings, steps=1002)                      # continued: the count does not start anew
+    images = logged("run", "images")[:, 0]
+    updates = np.diff(images, prepend=0) / 2
+    assert np.flatnonzero(updates == 100).tolist() == [*range(25), 500, 1000] and set(updates) == {1, 100}
+    batches = len(drawn.numbers["randint"]) - 2             # two for real.png
+    assert images[-1] == 2 * batches and len(drawn.numbers["randn"]) == batches + 1002
+
+
+def test_the_authors_loop_cannot_be_recorded(monkeypatch):
+    monkeypatch.setattr(wgan, "find_device", lambda _: torch.device("cuda"))
+    with pytest.raises(ValueError, match="--record repeats one step.*leave it out"):
+        wgan.train(authors_loop=True, record=True, out="run")
