@@ -10,7 +10,7 @@ every pixel, not from one label. The pulling-away term keeps a batch's codes fro
 energy(x) = ‖Dec(Enc(x)) - x‖ (13) is the paper's D(x); here D(x) is Dec(Enc(x)). `--pt 0` is EBGAN, else EBGAN-PT.
 
 Differs from the paper (we found no code of its authors, and know its appendix from others only):
-- G is DCGAN's. D at --width 64 is the 64-128-256 of the paper's 64x64 images, with batch norm, LeakyReLU, N(0, 0.02)
+- G is DCGAN's. D at --width 64 is the 64-128-256 of the paper's 64x64 images; batch norm, LeakyReLU and N(0, 0.02)
   as in DCGAN (said of the paper: ReLU, N(0, 0.002)). Without batch norm a trial collapsed: f_PT 1, energy_fake 0.
   For MNIST the paper searches among networks of 2 to 5 layers and 128 to 3,200 units.
 - One z for both losses, D's update first: the paper has no algorithm. β₁, β₂ and the batch size are ours.
@@ -106,7 +106,7 @@ def train(
     beta1=0.5,              #           Adam: decay of the first moment
     beta2=0.999,            #           Adam: decay of the second moment
     batch_size=64,          #           images per batch
-    pretrain=0,             #           ours: in so many first steps only D learns, on real images alone
+    pretrain=0,             #           ours: steps at the start in which only D learns, on real images alone
     # The networks
     nz=100,                 # z         dimensions of the latent variable
     width=16,               #           feature maps at half size; 16: minutes on a CPU, 64: the papers' DCGAN

@@ -85,7 +85,7 @@ def init(layer):
 # ---- Equation (2) ------------------------------------------------------------------------------------------------
 
 def train(
-    # (9): "a = 0, b = 1, c = 1"; (8), the Pearson χ² divergence: -1, 1, 0
+    # (9): a = 0, b = 1, c = 1;  (8), for the Pearson χ² divergence: a = -1, b = 1, c = 0
     a=0.0,                  # a         label of generated images for D
     b=1.0,                  # b         label of real images for D
     c=1.0,                  # c         label of generated images for G

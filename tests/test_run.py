@@ -127,6 +127,12 @@ def test_one_seed_one_run_and_another_seed_another(script):
     assert not torch.equal(saved("a")["rng"][0], saved("c")["rng"][0])
 
 
+@pytest.mark.parametrize("more", [["--batch-size", 1], ["--batch-size", 7, "--channels", 3, "--size", 32]])
+def test_any_batch_size_trains(script, more):
+    main(script, "--steps", 3, "--out", "run", *more)
+    assert all(np.isfinite(float(value)) for row in rows("run") for value in row.values())
+
+
 # ---- Continue ----
 
 def test_three_steps_and_three_steps_are_six_steps(script, capsys):

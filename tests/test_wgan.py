@@ -125,15 +125,24 @@ def test_a_critic_step_raises_the_difference_and_a_generator_step_raises_the_fak
 
 
 def test_the_authors_loop_has_100_critic_updates_in_steps_1_to_25_501_and_1001(monkeypatch):
-    drawn = Drawn(monkeypatch, wgan, Generator=LinearGenerator, Critic=QuadraticCritic)
-    settings = dict(n_critic=1, nz=3, batch_size=2, authors_loop=True, device="cpu", out="run", save_every=1)
+    drawn, run, before = Drawn(monkeypatch, wgan, Generator=LinearGenerator, Critic=QuadraticCritic), wgan.run, []
+
+    def counted(*args, **state):
+        for step in run(*args, **state):
+            before.append(len(drawn.numbers["randint"]))
+            yield step
+    monkeypatch.setattr(wgan, "run", counted)
+    settings = dict(n_critic=1, nz=3, batch_size=2, authors_loop=True, device="cpu", out="run", save_every=300)
     wgan.train(**settings, steps=26)
+    first = np.diff([*before, len(drawn.numbers["randint"])])
+    before.clear()
     wgan.train(**settings, steps=1002)                      # continued: the count does not start anew
-    images = logged("run", "images")[:, 0]
-    updates = np.diff(images, prepend=0) / 2
+    updates = np.concatenate([first, np.diff([*before, len(drawn.numbers["randint"])])])
     assert np.flatnonzero(updates == 100).tolist() == [*range(25), 500, 1000] and set(updates) == {1, 100}
-    batches = len(drawn.numbers["randint"]) - 2             # two for real.png
-    assert images[-1] == 2 * batches and len(drawn.numbers["randn"]) == batches + 1002
+    steps, images = logged("run", "step", "images").astype(int).T
+    assert steps.tolist() == [26, 300, 600, 900, 1002] and images.tolist() == list(2 * updates.cumsum()[steps - 1])
+    config = dict(batch_size=2, n_critic=1, authors_loop=True)
+    assert [wgan.images_seen(config, n) for n in range(1003)] == [0, *(2 * updates.cumsum())]
 
 
 def test_the_authors_loop_cannot_be_recorded(monkeypatch):
