@@ -145,7 +145,10 @@ def train(
 
 def start(config):
     """The settings of train(), checked before anything is loaded or written -> (config, device, run folder)"""
-    config = {name: os.fspath(value) if isinstance(value, Path) else value for name, value in config.items()}
+    config = {name: str(it) if isinstance(it, (Path, torch.device)) else it for name, it in config.items()}
+    for name, value in config.items():
+        if type(value) not in (bool, int, float, str, type(None)):      # numpy's: the checkpoint could not be read
+            raise ValueError(f"{flag(name)} must be a plain Python number, not a {type(value).__name__}")
     config["script"], dataset = SCRIPT, config["dataset"]
     config["channels"] = channels_of(dataset) if config["channels"] is None else config["channels"]
     least = dict.fromkeys("steps batch_size save_every n_critic nz width channels".split(), 1)
@@ -166,8 +169,8 @@ def start(config):
     for name in config if saved else ():
         old, new = saved["config"].get(name), config[name]
         if old != new and name not in ("steps", "device", "out", "root", "save_every", "record"):
-            raise ValueError(f"{out} was trained with {flag(name)} {old}, not {new}: "
-                             f"give {old} to continue, or name another folder with --out")
+            raise ValueError(f"{out} was trained {given(name, old)}, not {given(name, new)}: "
+                             f"give the same to continue, or name another folder with --out")
     print(f"device: {device}\nrun folder: {out}", flush=True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -180,6 +183,13 @@ def start(config):
 def flag(name):
     """A setting's name on the command line"""
     return "--" + name.replace("_", "-")
+
+
+def given(name, value):
+    """How a setting was given on the command line"""
+    if value is None or value is False:
+        return f"without {flag(name)}"
+    return f"with {flag(name)}" + ("" if value is True else f" {value}")
 
 
 def find_device(name):
@@ -283,7 +293,7 @@ def run(config, out, log, **state):
                 raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr")
             shown = now = time.perf_counter()   # after item(): the device has done what was asked of it
             speed = (images_seen(config, done) - images_seen(config, first)) / (now - begin)
-            left = timedelta(seconds=round((steps - done) * (now - begin) / (done - first)))
+            left = timedelta(seconds=round((images_seen(config, steps) - images_seen(config, done)) / speed))
             print(f"step {done}/{steps}", *(f"{name} {value:.4g}" for name, value in means.items()),
                   f"{speed:.0f} images/s, {left} left", sep="  ", flush=True)
             if save:
@@ -352,8 +362,8 @@ def main(argv=None):
     parser.add_argument("--generate", type=int, metavar="N", help="instead of training, write N images "
                         "from the checkpoint into OUT/generated; another --seed, other images")
     settings = vars(parser.parse_args(argv))
+    n = settings.pop("generate")
     try:
-        n = settings.pop("generate")
         if n is None:
             train(**settings)
         else:
@@ -362,7 +372,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(str(error) + (": try another --out or --root" if getattr(error, "errno", None) else ""))
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped; the same command continues from the last checkpoint\n")
+        then = "the same command continues from the last checkpoint" if n is None else "not all images are there"
+        parser.exit(130, f"{parser.prog}: stopped; {then}\n")
 
 
 if __name__ == "__main__":

@@ -237,8 +237,26 @@ def test_continuing_with_another_setting_is_refused_and_nothing_overwritten(scri
     main(script, "--steps", 4, "--out", "run", flag, value, status=2)
     err = capsys.readouterr().err
     was = saved("run")["config"][flag[2:].replace("-", "_")]
-    assert f"{flag} {was}, not {value}" in err and len(err.splitlines()) == 1
+    assert f"was trained with {flag} {was}, not with {flag} {value}: " in err and len(err.splitlines()) == 1
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in Path("run").iterdir()} == before
+
+
+def test_continuing_without_a_setting_that_was_given_says_so():
+    wgan = importlib.import_module("wgan")
+    settings = dict(digit=7, size=16, width=1, nz=2, batch_size=1, n_critic=100, device="cpu", out="run")
+    wgan.train(**settings, steps=1, authors_loop=True)
+    with pytest.raises(ValueError, match="was trained with --authors-loop, not without --authors-loop: give"):
+        wgan.train(**settings, steps=2)
+    with pytest.raises(ValueError, match="was trained with --digit 7, not without --digit: "):
+        wgan.train(**settings | dict(digit=None), steps=2, authors_loop=True)
+
+
+@pytest.mark.parametrize("name, value", [("lr", np.float64(1)), ("batch_size", np.int32(8)), ("nz", torch.ones(1))])
+def test_numbers_that_a_checkpoint_cannot_hold_are_refused_at_once(script, name, value):
+    flag, kind = "--" + name.replace("_", "-"), type(value).__name__
+    with pytest.raises(ValueError, match=f"{flag} must be a plain Python number, not a {kind}"):
+        script.train(**{name: value}, digit=7, size=16, width=2, steps=1, device="cpu", out="run")
+    assert not Path("run").exists()
 
 
 def test_root_and_save_every_and_place_may_change(script):
@@ -300,6 +318,16 @@ def test_generate_refuses(script, capsys, count):
     assert "--generate" in capsys.readouterr().err
     main(script, "--generate", 3, "--out", "nowhere", status=2)
     assert "no checkpoint.pt in nowhere" in capsys.readouterr().err and not Path("nowhere").exists()
+
+
+def test_stopping_generate_says_what_is_true(script, capsys, monkeypatch):
+    main(script, "--steps", 1, "--out", "run")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(script, "save_each", interrupted)
+    main(script, "--generate", 3, "--out", "run", status=130)
+    assert capsys.readouterr().err == f"{script.__name__}.py: stopped; not all images are there\n"
 
 
 # ---- Errors: one sentence, status 2, nothing written ----
@@ -478,7 +506,7 @@ assert state() == before
 
 
 def test_training_as_a_library_call(script):
-    tiny = dict(digit=7, size=16, width=2, nz=8, batch_size=8, device="cpu")
+    tiny = dict(digit=7, size=16, width=2, nz=8, batch_size=8, device=torch.device("cpu"))
     for steps in (1, 2):                                    # a path is as good as a string, and can be continued
         G, D = script.train(steps=steps, out=Path("run"), **tiny)
     assert len(D(G(torch.randn(5, 8)))) == 5
