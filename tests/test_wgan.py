@@ -1,4 +1,6 @@
 """wgan.py against the paper: the clip, the networks, and Algorithm 1 against numpy"""
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -143,6 +145,26 @@ def test_the_authors_loop_has_100_critic_updates_in_steps_1_to_25_501_and_1001(m
     assert steps.tolist() == [26, 300, 600, 900, 1002] and images.tolist() == list(2 * updates.cumsum()[steps - 1])
     config = dict(batch_size=2, n_critic=1, authors_loop=True)
     assert [wgan.images_seen(config, n) for n in range(1003)] == [0, *(2 * updates.cumsum())]
+
+
+def test_the_time_left_goes_by_critic_updates(monkeypatch, capsys):
+    Drawn(monkeypatch, wgan, Generator=LinearGenerator, Critic=QuadraticCritic)
+    run = wgan.run
+
+    def stopped(*args, **state):
+        for step in run(*args, **state):
+            if step == 2:
+                raise KeyboardInterrupt
+            yield step
+    monkeypatch.setattr(wgan, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        wgan.train(nz=3, batch_size=2, authors_loop=True, device="cpu", out="run", save_every=2, steps=100_000)
+    speed, days, h, m, s = re.findall(r"^step 2/.*  (\d+) images/s, (?:(\d+) days?, )?(\d+):(\d+):(\d+) left$",
+                                      capsys.readouterr().out, re.MULTILINE)[0]
+    left = int(days or 0) * 86400 + int(h) * 3600 + int(m) * 60 + int(s)
+    more = 23 + 199                                         # steps 3 to 25; 501, 1001, ..., 99501
+    images = 2 * (more * 100 + (100_000 - 2 - more) * 5)
+    assert abs(left - images / int(speed)) <= 0.01 * left + 1
 
 
 def test_the_authors_loop_cannot_be_recorded(monkeypatch):
