@@ -40,9 +40,6 @@ from torch import nn
 
 from common import batches, channels_of, load_images, replacing, save_animation, save_each, save_images
 
-SCRIPT = Path(__file__).stem
-
-
 # ---- Networks: 4x4 kernels, as in DCGAN; from 4x4 pixels on every layer doubles or halves the image --------------
 
 class Generator(nn.Sequential):
@@ -76,10 +73,8 @@ class Discriminator(nn.Sequential):
 
 def init(layer):
     """DCGAN's initialisation: weights N(0, 0.02), those of batch norm N(1, 0.02)"""
-    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(layer.weight, 0, 0.02)
-    elif isinstance(layer, nn.BatchNorm2d):
-        nn.init.normal_(layer.weight, 1, 0.02)
+    if hasattr(layer, "weight"):
+        nn.init.normal_(layer.weight, 1 if isinstance(layer, nn.BatchNorm2d) else 0, 0.02)
 
 
 # ---- Equation (2) ------------------------------------------------------------------------------------------------
@@ -142,6 +137,9 @@ def train(
 
 
 # ---- The run: the same in every script; nothing below is in the paper --------------------------------------------
+
+SCRIPT = Path(__file__).stem
+
 
 def start(config):
     """The settings of train(), checked before anything is loaded or written -> (config, device, run folder)"""

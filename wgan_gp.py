@@ -36,9 +36,6 @@ from torch import nn
 
 from common import batches, channels_of, load_images, replacing, save_animation, save_each, save_images
 
-SCRIPT = Path(__file__).stem
-
-
 # ---- Networks: 4x4 kernels, as in DCGAN; from 4x4 pixels on every layer doubles or halves the image --------------
 
 class Generator(nn.Sequential):
@@ -149,6 +146,9 @@ def train(
 
 
 # ---- The run: the same in every script; nothing below is in the paper --------------------------------------------
+
+SCRIPT = Path(__file__).stem
+
 
 def start(config):
     """The settings of train(), checked before anything is loaded or written -> (config, device, run folder)"""

@@ -116,25 +116,6 @@ def test_a_step_down_the_pulling_away_term_pulls_codes_apart():
 
 # ---- The networks ----
 
-@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_shapes_and_range(size, channels):
-    G, D = Generator(7, channels, size, 2), Discriminator(channels, size, 2)
-    x = G(torch.randn(3, 7))
-    assert x.shape == (3, channels, size, size) and x.abs().max() <= 1
-    S = D.encode(x)
-    assert S.shape == (3, 8, size // 8, size // 8)
-    assert torch.equal(D(x), D.decode(S)) and D(x).shape == x.shape and D(x).abs().max() <= 1
-    assert energy(D, x).shape == (3,)
-
-
-@pytest.mark.parametrize("size", [0, 8, 33, 48, 512])
-def test_other_sizes_are_refused(size):
-    for network in (lambda: Generator(100, 1, size, 4), lambda: Discriminator(1, size, 4)):
-        with pytest.raises(ValueError, match=f"--size .* not {size}"):
-            network()
-
-
 def test_the_autoencoders_layers():
     D = Discriminator(3, 64, 64)
     def norm(n):

@@ -13,26 +13,10 @@ from wgan import Critic, Generator
 
 # ---- The networks ----
 
-@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_shapes_and_range(size, channels):
-    G, D = Generator(7, channels, size, 2), Critic(channels, size, 2)
-    x = G(torch.randn(3, 7))
-    assert x.shape == (3, channels, size, size) and x.abs().max() <= 1
-    assert D(x).shape == (3,)
-
-
 @pytest.mark.parametrize("size, in_G, in_D", [(64, 3_576_704, 2_765_568), (32, 1_068_928, 663_296)])
 def test_as_many_parameters_as_the_authors_networks(size, in_G, in_D):
     assert sum(p.numel() for p in Generator(100, 3, size, 64).parameters()) == in_G
     assert sum(p.numel() for p in Critic(3, size, 64).parameters()) == in_D
-
-
-@pytest.mark.parametrize("size", [0, 8, 33, 48, 512])
-def test_other_sizes_are_refused(size):
-    for network in (lambda: Generator(100, 1, size, 4), lambda: Critic(1, size, 4)):
-        with pytest.raises(ValueError, match=f"--size .* not {size}"):
-            network()
 
 
 def test_the_critic_is_dcgans_and_ends_linear():
@@ -105,25 +89,6 @@ def test_the_clip_reaches_every_weight_of_the_critic_batch_norms_too_and_not_the
         assert p.abs().max() <= np.float32(0.01)
     assert (D[3].weight == np.float32(0.01)).all() and D[0].weight.abs().max() == np.float32(0.01)
     assert G[1].weight.abs().max() > 0.03
-
-
-def test_a_critic_step_raises_the_difference_and_a_generator_step_raises_the_fakes_score(monkeypatch):
-    """The signs, on the real networks: the definition of the game, whatever the code looks like"""
-    torch.manual_seed(0)
-    x, z = torch.rand(64, 1, 16, 16) * 2 - 1, torch.randn(64, 5)
-
-    def networks(cls, *args):
-        torch.manual_seed(1)
-        return cls(*args)
-    monkeypatch.setattr(wgan, "load_images", lambda *_: ((x + 1) * 127.5).round().to(torch.uint8))
-    G0, D0 = networks(Generator, 5, 1, 16, 4), networks(Critic, 1, 16, 4)
-    monkeypatch.setattr(wgan, "Generator", lambda *args: networks(Generator, *args))
-    monkeypatch.setattr(wgan, "Critic", lambda *args: networks(Critic, *args))
-    G, D = wgan.train(steps=1, n_critic=1, size=16, width=4, nz=5, lr=1e-3, c=9.0, device="cpu", out="run")
-    with torch.no_grad():
-        before = D0(x).mean() - D0(G0(z)).mean()
-        assert D(x).mean() - D(G0(z)).mean() > before
-        assert D(G(z)).mean() > D(G0(z)).mean()
 
 
 def test_the_authors_loop_has_100_critic_updates_in_steps_1_to_25_501_and_1001(monkeypatch):
