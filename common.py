@@ -1,6 +1,7 @@
 """Images in, images out: what the five scripts share, and nothing of what the papers say.
 
     load_images     a data set by name, or a folder of your own images, as one uint8 tensor
+    pyramid         these images at every lower resolution, too
     batches         x ~ P_r: endless random batches of it, in [-1, 1], on the device
     save_images     a grid as one PNG;  save_each: every image as its own;  save_animation: a GIF of grids
 
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn.functional import avg_pool2d
 from torchvision import datasets
 from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
@@ -42,7 +44,7 @@ def channels_of(dataset):
     return DATASETS.get(dataset, (None, 3))[1]
 
 
-def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None):
+def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, enlarge=True):
     """All images of a data set (its training part) or of a folder: uint8, (N, channels, size, size)
 
     dataset   "mnist", "fashion-mnist", "cifar10", or the path of a folder, searched to any depth
@@ -51,6 +53,7 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None):
               Images of a folder: EXIF orientation applied, transparency on white, centre cropped to a square
     root      where data sets are kept (None: data/ beside this file); MNIST is there, the others are downloaded
     channels  1 (grey) or 3 (RGB);  None: as the data set, 3 for a folder
+    enlarge   False: ValueError for a folder in which every image is smaller than size
 
     Unreadable images of a folder are named on stderr and left out. A folder that does not fit into half of the free
     memory is decoded once into a file under root, and the tensor is a view of that file.
@@ -70,7 +73,7 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None):
     if digit is not None:
         raise ValueError(f"--digit {digit} needs a data set with classes ({', '.join(DATASETS)}), and a folder has "
                          f"none: leave --digit out, or point --dataset at the folder of one class")
-    return _from_folder(folder, size, root, channels)
+    return _from_folder(folder, size, root, channels, enlarge)
 
 
 def _from_set(dataset, digit, size, root, channels):
@@ -112,7 +115,7 @@ def _remove_if_damaged(archive, md5):
             unpacked.unlink()
 
 
-def _from_folder(folder, size, root, channels):
+def _from_folder(folder, size, root, channels, enlarge):
     paths = []
     for place, folders, files in os.walk(folder):
         # Hidden folders hold thumbnails and the like; a run folder holds pictures made by these scripts.
@@ -122,6 +125,16 @@ def _from_folder(folder, size, root, channels):
     paths.sort()
     if not paths:
         raise ValueError(f"no images in {folder}: it needs files that end in {', '.join(ENDINGS)}, at any depth")
+    if not enlarge:
+        largest = 0
+        for path in paths:
+            largest = max(largest, _side(path))
+            if largest >= size:
+                break
+        else:
+            if largest:
+                raise ValueError(f"--size {size} is larger than every image in {folder}: "
+                                 f"the largest is {largest} pixels high or wide")
 
     if len(paths) * channels * size * size <= free_memory() / 2:
         images, n = torch.empty(len(paths), channels, size, size, dtype=torch.uint8), 0
@@ -141,8 +154,47 @@ def _from_folder(folder, size, root, channels):
             for images in _decoded(folder, paths, size, channels):
                 sink.write(images.numpy())
     print(f"reading the images of {folder} from {file}", flush=True)
-    flat = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
-    return flat.view(-1, channels, size, size)
+    images = _mapped(file).view(-1, channels, size, size)
+    images.file = file                                      # where pyramid puts its own beside
+    return images
+
+
+def _mapped(file, size=None):
+    """The bytes of a file as a tensor, read when they are used; with a size, a new file to be written to"""
+    new, size = size is not None, file.stat().st_size if size is None else size
+    return torch.from_file(str(file), shared=new, size=size, dtype=torch.uint8)
+
+
+def pyramid(images):
+    """Images at every resolution down to 4x4, each the average of 2x2 pixels of the next, rounded once.
+    uint8 (N, C, size, size), as from load_images, size a power of two -> {size: images, size / 2: ..., 4: ...}
+
+    If the images are a view of a file, so are the others: it is made once, beside the first.
+    """
+    n, channels, size, _ = images.shape
+    sizes = [size >> k for k in range(1, size.bit_length() - 2)]
+    parts = [n * channels * each * each for each in sizes]
+
+    def views(flat):
+        return {each: part.view(n, channels, each, each) for each, part in zip(sizes, flat.split(parts))}
+
+    def fill(levels):
+        for start in range(0, n, 64):
+            x = images[start:start + 64].float()
+            for level in levels.values():
+                x = avg_pool2d(x, 2)
+                level[start:start + 64] = x.round()
+        return levels
+    file = getattr(images, "file", None)
+    if file is None or not sizes:
+        return {size: images, **fill(views(torch.empty(sum(parts), dtype=torch.uint8)))}
+    below = file.with_suffix(".pyramid")
+    if not below.exists():
+        print(f"averaging {n:,} images once into {below}", flush=True)
+        with replacing(below) as sink:
+            sink.truncate(sum(parts))
+            fill(views(_mapped(sink.name, sum(parts))))
+    return {size: images, **views(_mapped(below))}
 
 
 def _decoded(folder, paths, size, channels):
@@ -166,6 +218,15 @@ def _decoded(folder, paths, size, channels):
         print(f"skipped {skipped:,} of {len(paths):,} images, which could not be read", file=sys.stderr)
     if len(paths) - skipped < 2:
         raise ValueError(f"{folder} holds {len(paths) - skipped} readable images; training needs at least two")
+
+
+def _side(path):
+    """The side in pixels of the largest square in an image, 0 if it cannot be read"""
+    try:
+        with Image.open(path) as image:
+            return min(image.size)
+    except UNREADABLE:
+        return 0
 
 
 def _read(path, size, channels):
