@@ -425,7 +425,8 @@ def run(config, out, log, **state):
             module.set_rng_state(rng)
     over, stopped = done >= steps if steps else images >= phases * length, False
     if saved and rank == 0:
-        print(f"{done} steps are done, {images:,} images shown: {'finished' if over else 'continuing'}", flush=True)
+        print(f"{f'{done} of {steps}' if steps else done} steps are done: {'finished' if over else 'continuing'}",
+              flush=True)
     state["G"].grown = G.grown = schedule(images, size, kimg)
     stop, handlers, good, begin = [], {}, done, time.perf_counter()
     shown, before = begin, images
@@ -458,7 +459,7 @@ def run(config, out, log, **state):
             speed, phase = (images - before) / (now - shown), min(images // length, phases - 1)
             left = timedelta(seconds=round(max(0, (phase + 1) * length - images) / speed))
             shown, before = now, images
-            print(f"step {done}", f"{resolution}x{resolution}", f"alpha {alpha:.2f}",
+            print(f"step {done}/{steps}" if steps else f"step {done}", f"{resolution}x{resolution}", f"alpha {alpha:.2f}",
                   *(f"{name} {value:.4g}" for name, value in means.items()),
                   f"{speed:.0f} images/s, {left} left of phase {phase + 1} of {phases}", sep="  ", flush=True)
             if save:

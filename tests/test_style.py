@@ -10,8 +10,9 @@ import pytest
 from stripped import difference
 
 TOP = Path(__file__).resolve().parent.parent
-SCRIPTS = ["wgan", "wgan_gp", "lsgan", "ebgan"]
-RUN = "# ---- The run: the same in every script; nothing below is in the paper"
+FOUR = ["wgan", "wgan_gp", "lsgan", "ebgan"]                # same networks, same run
+SCRIPTS = [*FOUR, "progan"]
+RUN = "# ---- The run: "
 
 # Algorithm 1 of 1701.07875 and of 1704.00028, line by line, in the scripts' spelling
 ALGORITHMS = {"wgan": {
@@ -73,7 +74,7 @@ def test_the_right_hand_column_has_the_papers_equations(name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_one_column_is_one_column(name):
     """The comment signs beside the algorithm stand below each other"""
-    loop = (TOP / f"{name}.py").read_text(encoding="utf-8").split("for step in run(")[1].split(RUN)[0]
+    loop = (TOP / f"{name}.py").read_text(encoding="utf-8").split(" in run(")[1].split(RUN)[0]
     first, *lines = loop.splitlines()                       # the first ends the line of the while, or says nothing
     places = {len(code) for code in re.findall(r"^(.*  )#", "\n".join(lines), re.MULTILINE)}
     assert len([place for place in places if place > 20]) == 1              # 8 and 12: remarks on their own lines
@@ -119,8 +120,9 @@ def test_flags_all_scripts_have(name, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(name).main(["--help"])
     text = capsys.readouterr().out
-    common = "dataset digit root size steps batch-size lr seed device out save-every generate nz width record"
-    for flag in common.split():
+    common = "dataset digit root size steps batch-size lr seed device out save-every generate nz channels".split()
+    common += ["width", "record"] if name in FOUR else ["fmap-base", "fmap-max"]
+    for flag in common:
         assert f"--{flag}" in text
 
 
@@ -128,23 +130,45 @@ def test_flags_all_scripts_have(name, capsys):
     ("wgan", dict(lr=5e-5, c=0.01, batch_size=64, n_critic=5, authors_loop=False)),
     ("wgan_gp", dict(lam=10, n_critic=5, lr=1e-4, beta1=0, beta2=0.9, batch_size=64)),
     ("lsgan", dict(a=0, b=1, c=1, lr=2e-4, beta1=0.5, batch_size=64)),
-    ("ebgan", dict(margin=10, pt=0.1, lr=1e-3, pretrain=0))])
+    ("ebgan", dict(margin=10, pt=0.1, lr=1e-3, pretrain=0)),
+    ("progan", dict(lr=1e-3, beta1=0, beta2=0.99, lam=10, gamma=1, drift=0.001, ema=0.999, kimg=800, batch_size=None,
+                    nz=512, fmap_base=8192, fmap_max=512, steps=None))])
 def test_defaults_are_the_papers(name, paper):
     train = inspect.signature(importlib.import_module(name).train).parameters
     assert {setting: train[setting].default for setting in paper} == paper
 
 
+@pytest.mark.parametrize("name", ["progan"])
+def test_progans_column_names_sections_and_figures(name):
+    loop = (TOP / f"{name}.py").read_text(encoding="utf-8").split("for images_shown in run(")[1].split(RUN)[0]
+    found = re.findall(r"  # ((?:§|A\.|Fig\. )[\d.]+)", loop)
+    assert {"§2", "Fig. 2", "§4.2", "§3"} <= set(found) and found.count("A.1") >= 3
+
+
 # ---- Parallel scripts ----
+
+def test_progans_run_block_shares_what_it_can():
+    """These functions are those of the other scripts, to the letter"""
+    def functions(name):
+        tree = ast.parse((TOP / f"{name}.py").read_text(encoding="utf-8"))
+        source = (TOP / f"{name}.py").read_text(encoding="utf-8")
+        return {node.name: ast.get_source_segment(source, node) for node in tree.body
+                if isinstance(node, ast.FunctionDef)}
+    ours, theirs = functions("progan"), functions("wgan_gp")
+    for name in ("flag", "given", "run_folder", "read"):
+        assert ours[name] == theirs[name]
+
 
 def source_of(name, start, end):
     source = (TOP / f"{name}.py").read_text(encoding="utf-8")
     return source[source.index(start):source.index(end)]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", FOUR)
 def test_blocks_that_are_equal_by_intent_are_equal_to_the_letter(name):
     whole = (TOP / f"{name}.py").read_text(encoding="utf-8")
     assert whole.split(RUN)[1] == (TOP / "wgan_gp.py").read_text(encoding="utf-8").split(RUN)[1]
+    assert whole.split(RUN)[1].startswith("the same in every script; nothing below is in the paper")
 
     def same(start, end, **changed):
         ours, theirs = source_of(name, start, end), source_of("wgan", start, end)
@@ -252,7 +276,7 @@ def test_measured_is_measured(name):
     assert re.search(r"^Measured: .*`python .*torch \d", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", FOUR)
 def test_the_paper_part_is_short(name):
     assert len((TOP / f"{name}.py").read_text(encoding="utf-8").split(RUN)[0].rstrip().splitlines()) <= 150
 

@@ -58,12 +58,13 @@ class RMSProp:
 
 class Drawn:
     """Records every random number that a script draws, and gives it 50 images of 2x2 pixels and tiny networks"""
-    def __init__(self, monkeypatch, script, **networks):
-        self.images = torch.tensor(np.random.default_rng(0).integers(0, 256, (50, 1, 2, 2)), dtype=torch.uint8)
+    def __init__(self, monkeypatch, script, side=2, **networks):
+        pixels = np.random.default_rng(0).integers(0, 256, (50, 1, side, side))
+        self.images = torch.tensor(pixels, dtype=torch.uint8)
         self.numbers = {"randint": [], "randn": [], "rand": []}
         for name in self.numbers:
             monkeypatch.setattr(torch, name, self.recorded(name, getattr(torch, name)))
-        monkeypatch.setattr(script, "load_images", lambda *_: self.images)
+        monkeypatch.setattr(script, "load_images", lambda *_, **__: self.images)
         for name, network in networks.items():
             monkeypatch.setattr(script, name, network)
 
