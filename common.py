@@ -179,11 +179,12 @@ def pyramid(images):
         return {each: part.view(n, channels, each, each) for each, part in zip(sizes, flat.split(parts))}
 
     def fill(levels):
-        for start in range(0, n, 64):
-            x = images[start:start + 64].float()
+        some = max(1, 2**24 // images[0].numel())           # 64 MiB as floats
+        for start in range(0, n, some):
+            x = images[start:start + some].float()
             for level in levels.values():
                 x = avg_pool2d(x, 2)
-                level[start:start + 64] = x.round()
+                level[start:start + some] = x.round()
         return levels
     file = getattr(images, "file", None)
     if file is None or not sizes:

@@ -8,12 +8,13 @@ loss is any GAN's; here, as in the paper's main results, WGAN-GP's with one crit
     L = D(x_tilde) - D(x) + λ/γ² (‖∇_x_hat D(x_hat)‖₂ - γ)² + ε_drift D(x)²      (A.1; γ: §6.5)
 
 Differs from the paper, or from its authors' code:
-- Optimizers are reset when a fade begins and ends: the authors' code, not the paper.
+- Adam is reset when a fade begins and when it ends: the authors' code; the paper does not say.
 - Pixel norm after every 3x3 convolution (A.1) and on the latents; in the authors' code after the first, 4x4, too.
 - Minibatch standard deviation over the whole minibatch (§3); in the authors' later code over groups of 4.
-- No label conditioning, no mirrored images, no slower learning rate for the first 40 thousand images: their code.
-- The run ends when the last resolution has had its share of images; the authors went on while images got better.
-Other losses fit into the recipe: the paper's appendix B uses LSGAN's.
+- No labels, no mirrored images, no lower learning rate for the first 40 thousand images, as in the authors' code.
+- The run ends when the last resolution is stable; the authors went on as long as the images got better.
+The recipe takes other losses as well: the paper's appendix B uses LSGAN's. The defaults are the paper's, which are
+meant for GPUs; the README has a line for a small machine.
 Measured: @@
 """
 import argparse
@@ -155,12 +156,11 @@ MINIBATCH = {4: 16, 8: 16, 16: 16, 32: 16, 64: 16, 128: 16, 256: 14, 512: 6, 102
 def schedule(images_shown, size=1024, kimg=800.0):
     """A.1: 4x4 for kimg thousand images; then each resolution up to size is faded in during as many, and stabilised
     during as many.  Images shown to D so far -> (resolution, alpha): alpha from 0 while it fades in, then 1.0"""
-    length = round(1000 * kimg)                                 # images per phase
+    length = round(1000 * kimg)                                 # images per phase: 4, fade 8, 8, fade 16, 16, ...
     phase, shown = divmod(images_shown, length)
-    resolution = 4 << (phase + 1) // 2                          # phases: 4, fade 8, 8, fade 16, 16, ...
-    if resolution > size:
+    if phase > 2 * (size.bit_length() - 3):
         return size, 1.0
-    return resolution, shown / length if phase % 2 == 1 else 1.0
+    return 4 << (phase + 1) // 2, shown / length if phase % 2 == 1 else 1.0
 
 
 def fade(x, alpha):
@@ -187,7 +187,7 @@ def move_average(G_ema, G, decay):
 # ---- Training (A.1) ----------------------------------------------------------------------------------------------
 
 def train(
-    # A.1: "Adam with α = 0.001, β₁ = 0, β₂ = 0.99, and ε = 10⁻⁸"
+    # A.1: Adam with α = 0.001, β₁ = 0, β₂ = 0.99, ε = 10⁻⁸; 800 thousand images per phase; average of G: 0.999
     lr=1e-3,                  # α         Adam: step size
     beta1=0.0,                # β₁        Adam: decay of the first moment
     beta2=0.99,               # β₂        Adam: decay of the second moment
@@ -195,12 +195,12 @@ def train(
     gamma=1.0,                # γ         the penalty's target norm; 750 for CIFAR-10 (§6.5)
     drift=0.001,              # ε_drift   weight of D(x)², which keeps the scores near 0
     ema=0.999,                #           decay of the moving average of G; shorter runs need less
-    kimg=800.0,               #           thousands of images to fade a resolution in, and as many to stabilise it
+    kimg=800.0,               #           thousands of images to fade a resolution in, and to stabilise it
     batch_size: int = None,   # m         images per batch (16 up to 128x128, then 14, 6 and 3)
     # The networks
     nz=512,                   # z         dimensions of the latent variable
     fmap_base=8192,           #           feature maps: 2 fmap_base / resolution,
-    fmap_max=512,             #           but at most so many; 32: an evening's 32x32 on a CPU
+    fmap_max=512,             #           but at most so many
     # The images
     dataset="mnist",          #           mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,        #           only this class, 0 to 9
@@ -214,8 +214,8 @@ def train(
     out: str = None,          #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=100,           #           steps between rows of the log, pictures and checkpoints
 ):
-    """Trains as A.1 says.  Returns G, D; load(out) is the moving average of G.  ValueError or OSError, one sentence,
-    for settings or files that do not fit; KeyboardInterrupt after Ctrl-C, when everything is saved"""
+    """Trains as A.1 says.  Returns G, D; load(out) is G's moving average.  ValueError or OSError, one sentence, for
+    settings or files that do not fit; KeyboardInterrupt after Ctrl-C, when everything is saved"""
     config, device, out = start(locals())
     size, channels, (rank, world) = config["size"], config["channels"], processes()
     G = Generator(size, channels, fmap_base, fmap_max, nz).to(device, memory_format=torch.channels_last)
@@ -233,32 +233,33 @@ def train(
     log = {}
 
     for images_shown in run(config, out, log, G=G, D=D, G_ema=G_ema, opt_G=opt_G, opt_D=opt_D):
-        resolution, alpha = schedule(images_shown, size, kimg)          # §2: 4x4, then one resolution after another
-        x = fade(next(P_r[resolution]), alpha)                          # Fig. 2: real images
-        z = torch.randn(len(x), nz, device=device)                      # §4.2: latents, normalised by G
+        resolution, alpha = schedule(images_shown, size, kimg)      # §2      4x4; fade in 8x8, stabilise it; ...
+        x = fade(next(P_r[resolution]), alpha)                      # Fig. 2  real images fade as generated ones do
+        z = torch.randn(len(x), nz, device=device)                  # §4.2    latents, which G normalises
         eps = torch.rand(len(x), 1, 1, 1, device=device)
         with torch.no_grad():
-            x_tilde = G(z, resolution, alpha)
+            x_tilde = G(z, resolution, alpha)                       # Fig. 2
         x_hat = eps * x + (1 - eps) * x_tilde
-        # Real and generated images are two minibatches: together, they would have one standard deviation.
-        D_x_tilde, D_x = D(x_tilde, resolution, alpha), D(x, resolution, alpha)
+        D_x_tilde = D(x_tilde, resolution, alpha)                   # §3      real and generated images apart: each
+        D_x = D(x, resolution, alpha)                               #         minibatch has its standard deviation
         penalty = (grad_norm(D, x_hat, resolution, alpha) - gamma) ** 2
-        L = D_x_tilde - D_x + lam / gamma ** 2 * penalty                # A.1, §6.5: WGAN-GP's loss, to norm γ,
-        L = L + drift * D_x ** 2                                        # A.1: + ε_drift E[D(x)²]
-        opt_D.zero_grad()
+        L = D_x_tilde - D_x + lam / gamma ** 2 * penalty            # A.1     L ← D(x_tilde) − D(x)
+        L = L + drift * D_x ** 2                                    #             + λ/γ² (‖∇D(x_hat)‖ − γ)²
+        opt_D.zero_grad()                                           #             + ε_drift D(x)²
         L.mean().backward(inputs=w)
         average_gradients(w)
-        opt_D.step()
+        opt_D.step()                                                # A.1     w ← Adam(∇_w 1/m Σ L, w, α, β₁, β₂)
 
-        z = torch.randn(len(x), nz, device=device)                      # A.1: n_critic = 1
+        z = torch.randn(len(x), nz, device=device)                  # A.1     n_critic = 1: now G's turn
         L_G = -D(G(z, resolution, alpha), resolution, alpha)
         opt_G.zero_grad()
         L_G.mean().backward(inputs=theta)
         average_gradients(theta)
-        opt_G.step()
-        move_average(G_ema, G, ema)                                     # A.1: G's average makes the pictures
+        opt_G.step()                                                # A.1     θ ← Adam(∇_θ 1/m Σ −D(G(z)), θ, ...)
+        move_average(G_ema, G, ema)                                 # A.1     θ_ema ← 0.999 θ_ema + 0.001 θ
+
         then = schedule(images_shown + world * len(x), size, kimg)
-        if (then[0], then[1] < 1) != (resolution, alpha < 1):           # a fade begins or ends (authors' code)
+        if (then[0], then[1] < 1) != (resolution, alpha < 1):       # code    a fade begins or ends: Adam forgets
             opt_G.state.clear()
             opt_D.state.clear()
         log.update(L_D=L.mean(), L_G=L_G.mean(), penalty=penalty.mean(), wasserstein=(D_x - D_x_tilde).mean(),
@@ -459,7 +460,8 @@ def run(config, out, log, **state):
             speed, phase = (images - before) / (now - shown), min(images // length, phases - 1)
             left = timedelta(seconds=round(max(0, (phase + 1) * length - images) / speed))
             shown, before = now, images
-            print(f"step {done}/{steps}" if steps else f"step {done}", f"{resolution}x{resolution}", f"alpha {alpha:.2f}",
+            print(f"step {done}/{steps}" if steps else f"step {done}",
+                  f"{resolution}x{resolution}", f"alpha {alpha:.2f}",
                   *(f"{name} {value:.4g}" for name, value in means.items()),
                   f"{speed:.0f} images/s, {left} left of phase {phase + 1} of {phases}", sep="  ", flush=True)
             if save:

@@ -1,15 +1,22 @@
-"""How fast, and how much memory: python tests/benchmark.py [usual] [matrix] [memory] [cuda]   (default: all)
+"""How fast, and how much memory: python tests/benchmark.py [usual] [matrix] [memory] [growing] [large] [cuda]
+
+Without a name, all of them:
 
 usual   critic updates per second of wgan_gp.py and of the usual way of writing it, by turns, same networks
 matrix  the floating-point operations of a step of width 64 against what this machine reaches in matrix products
 memory  resident memory of the default command, after 10 and after 1,000 steps
-cuda    milliseconds per step of every script, eager and recorded (--record), where there is a GPU
+growing seconds for the same number of images with progan.py: growing, and at the last resolution all along, by
+        turns; operations where that would take too long
+large   one step of progan.py at 256x256, 512x512 and 1024x1024, with table 2's feature maps: seconds and memory
+cuda    milliseconds per step of the four small scripts, eager and recorded (--record), where there is a GPU
 """
 import contextlib
 import importlib
 import io
+import itertools
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +32,7 @@ from torch.utils.flop_counter import flop_registry  # noqa: E402
 from torchvision import datasets, transforms  # noqa: E402
 
 import common  # noqa: E402
+import progan  # noqa: E402
 import wgan_gp  # noqa: E402
 
 
@@ -43,15 +51,15 @@ class MLPCritic(nn.Sequential):
 
 
 @contextlib.contextmanager
-def patched(**values):
-    before = {name: getattr(wgan_gp, name) for name in values}
+def patched(module=wgan_gp, **values):
+    before = {name: getattr(module, name) for name in values}
     for name, value in values.items():
-        setattr(wgan_gp, name, value)
+        setattr(module, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(wgan_gp, name, value)
+            setattr(module, name, value)
 
 
 def train(warm, steps, **settings):
@@ -175,6 +183,90 @@ def memory(early=10, late=1000):
           f"{sizes[late][0] - sizes[early][0]:+.0f} MiB")
 
 
+def grown(size, kimg, growing):
+    """Seconds of training for the images of a whole schedule, and their number; feature maps: table 2's / 8"""
+    original, began, images = progan.run, [], []
+
+    def timed(*args, **state):
+        for shown in original(*args, **state):
+            began.append(time.perf_counter())
+            images.append(shown)
+            yield shown
+        began.append(time.perf_counter())
+    schedule = progan.schedule if growing else lambda *_: (size, 1.0)
+    with patched(progan, run=timed, schedule=schedule), contextlib.redirect_stdout(io.StringIO()), \
+            tempfile.TemporaryDirectory() as out:
+        progan.train(digit=7, size=size, channels=3, kimg=kimg, fmap_base=1024, fmap_max=64, save_every=10**9,
+                     out=out, device="cpu")
+    return began[-1] - began[0], len(images) * 16
+
+
+def operations(size):
+    """Operations per image in every phase of table 2's networks, on tensors without memory; the last phase last"""
+    counts, length = [], 100
+
+    def phases(*_, **__):
+        for phase in range(2 * size.bit_length() - 5):
+            counter = Flops()
+            with counter:
+                yield phase * length + length // 2
+            counts.append(counter.count / 2)
+
+    def nothing(images, m, device):
+        return itertools.repeat(torch.empty(m, *images.shape[1:], device=device))
+    images = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    with patched(progan, run=phases, batches=nothing, save_images=lambda *_: None,
+                 load_images=lambda *_, **__: images, find_device=lambda _: torch.device("meta")), \
+            patched(torch.optim, Adam=lambda weights, *_, **__: torch.optim.SGD(weights, 0.1)), \
+            contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as out:
+        progan.train(size=size, channels=3, kimg=length / 1000, batch_size=2, out=out)
+    return counts
+
+
+def growing(rounds=3):
+    for size, kimg in ((64, 0.08), (128, 0.048)):
+        ratios = []
+        for _ in range(rounds):
+            (fast, n), (slow, same) = (grown(size, kimg, way) for way in (True, False))
+            assert n == same
+            ratios.append(slow / fast)
+            print(f"  {size}x{size}, {n} images: {fast:.1f} s growing, {slow:.1f} s at {size}x{size} all along, "
+                  f"ratio {ratios[-1]:.2f}", flush=True)
+        print(f"growing: {size}x{size}: median ratio {median(ratios):.2f}")
+    for size in (64, 128, 1024):
+        counts = operations(size)
+        print(f"growing: {size}x{size}, operations with table 2's feature maps: "
+              f"{sum(counts) / len(counts) / 1e9:.1f} GFLOP per image on average, "
+              f"{counts[-1] / 1e9:.1f} at the last resolution: "
+              f"ratio {counts[-1] * len(counts) / sum(counts):.2f}")
+
+
+def large():
+    job = f"""
+import sys, time
+sys.path[:0] = [{str(Path(__file__).parent)!r}]
+import benchmark, progan, torch
+size, m = map(int, sys.argv[1:])
+progan.schedule = lambda *_: (size, 0.5)                    # a fade: both paths
+progan.load_images = lambda *_, **__: torch.randint(256, (m, 3, size, size), dtype=torch.uint8)
+run = progan.run
+def timed(*args, **state):
+    for shown in run(*args, **state):
+        began = time.perf_counter()
+        yield shown
+        seconds, peak = time.perf_counter() - began, benchmark.resident()[1]
+        print(f"step of {{m}} images: {{seconds:.1f}} s, peak {{peak:.0f}} MiB")
+progan.run = timed
+progan.train(size=size, channels=3, steps=1, batch_size=m, out="run", device="cpu")
+"""
+    for size, m in ((256, 14), (512, 6), (1024, 3)):
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run([sys.executable, "-c", job, str(size), str(m)], cwd=folder, capture_output=True,
+                                  text=True)
+        lines = [line for line in done.stdout.splitlines() if "peak" in line]
+        print(f"large: {size}x{size}:", *lines or [done.stderr[-500:]], flush=True)
+
+
 def cuda(rounds=3):
     if not torch.cuda.is_available():
         print("cuda: not measured (no CUDA here)")
@@ -201,5 +293,6 @@ def cuda(rounds=3):
 
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores")
-    for name in sys.argv[1:] or ["usual", "matrix", "memory", "cuda"]:
-        {"usual": usual, "matrix": matrix, "memory": memory, "cuda": cuda}[name]()
+    modes = dict(usual=usual, matrix=matrix, memory=memory, growing=growing, large=large, cuda=cuda)
+    for name in sys.argv[1:] or modes:
+        modes[name]()

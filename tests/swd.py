@@ -1,9 +1,9 @@
 """The sliced Wasserstein distance of two folders of images (ProGAN, §5): python tests/swd.py FOLDER FOLDER
 
-Patches of 7x7 pixels from every level of a Laplacian pyramid; small figures at coarse levels mean similar shapes, at
-fine levels similar texture. Needs no trained network. Prints one figure per level, times 1000 as in the paper, and
-their average. Figures compare only for equal sizes, numbers of images and data; two halves of the real images show
-how small they can get. The paper takes the images at the size they were generated at, 16,384 of each.
+Of patches of 7x7 pixels from every level of a Laplacian pyramid: small figures at coarse levels mean like shapes,
+at fine levels similar texture. Needs no trained network. Prints one figure per level, times 1000 as in the paper,
+and their average. Figures compare only for equal sizes, numbers of images and data; two halves of the real images
+show how small they can get. The paper takes 16,384 images of each.
 """
 import argparse
 import sys
@@ -49,15 +49,15 @@ def patches(level, rows, columns, side=7):
 
 
 def normalised(descriptors):
-    """Every colour channel to mean 0 and standard deviation 1, over all patches, flat.  (N, C, h, w) -> (N, C h w)"""
+    """Every colour channel to mean 0 and standard deviation 1 over all patches.  (N, C, h, w) -> (N, C h w)"""
     mean = descriptors.mean((0, 2, 3), keepdim=True)
     std = descriptors.std((0, 2, 3), correction=0, keepdim=True)
     return ((descriptors - mean) / std).flatten(1)
 
 
 def sliced_wasserstein(a, b, directions):
-    """The mean over the directions of the Wasserstein-1 distance of a and b projected on them: of the mean difference
-    of the sorted projections.  (N, d), (N, d), (p, d), of length 1 -> float"""
+    """The mean over the directions of the Wasserstein-1 distance of a and b projected on them, which is the mean
+    difference of the sorted projections.  (N, d), (N, d), (p, d) of length 1 -> float"""
     total = 0.0
     for part in directions.split(32):
         total += (((a @ part.T).sort(0)[0] - (b @ part.T).sort(0)[0]).abs().mean(0)).sum().item()
@@ -99,7 +99,7 @@ def main(argv=None):
     parser.add_argument("--images", type=int, default=16384, help="of each folder (default: %(default)s, or all)")
     parser.add_argument("--patches", type=int, default=128, help="per image and level (default: %(default)s)")
     parser.add_argument("--projections", type=int, default=512, help="directions (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of images, patches and directions (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         size = args.size or min(filter(None, map(side_of, args.folders)), default=64)

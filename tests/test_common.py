@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import common
-from common import batches, load_images, save_animation, save_each, save_images
+from common import batches, load_images, pyramid, save_animation, save_each, save_images
 
 DATA = common.ROOT
 
@@ -189,6 +189,60 @@ def test_larger_than_memory_is_one_mapped_file_made_once(photos, monkeypatch, ca
     assert len(again) == 11 and (again[-1] == 255).all()
     assert [f.stat().st_size for f in (tmp_path / "root" / "cache").iterdir()] == [11 * 3 * 16 * 16]
     assert load_images(photos, size=8, root=tmp_path / "root").shape[-1] == 8
+
+
+@pytest.mark.parametrize("size, channels", [(4, 1), (8, 3), (64, 1), (256, 3)])
+def test_pyramid_averages_2x2_pixels_and_rounds_once(size, channels):
+    images = torch.randint(256, (5, channels, size, size), dtype=torch.uint8)
+    levels = pyramid(images)
+    assert list(levels) == [size >> k for k in range(size.bit_length() - 2)] and levels[size] is images
+    for each, level in levels.items():
+        k = size // each
+        mean = images.numpy().reshape(5, channels, each, k, each, k).mean((3, 5))
+        assert level.dtype == torch.uint8 and level.shape == (5, channels, each, each)
+        np.testing.assert_array_equal(level.numpy(), np.round(mean))
+
+
+def test_pyramid_in_parts_is_the_same():
+    images = torch.randint(256, (40, 3, 512, 512), dtype=torch.uint8)       # 21 at a time
+    whole = pyramid(images)
+    for i in (0, 20, 21, 39):
+        for size, level in pyramid(images[i:i + 1]).items():
+            assert torch.equal(level[0], whole[size][i])
+
+
+def test_pyramid_of_mapped_images_is_mapped_and_made_once(photos, monkeypatch, capsys, tmp_path):
+    in_memory = pyramid(load_images(photos, size=32))
+    monkeypatch.setattr(common, "free_memory", lambda device="cpu": 1000)
+    cache = tmp_path / "root" / "cache"
+    mapped = pyramid(load_images(photos, size=32, root=tmp_path / "root"))
+    (file,) = cache.glob("*.pyramid")
+    assert file.stat().st_size == 10 * 3 * (16 * 16 + 8 * 8 + 4 * 4) and str(file) in capsys.readouterr().out
+    assert len(list(cache.iterdir())) == 2                  # no temporary file is left
+    if Path("/proc/self/maps").exists():
+        assert str(file) in Path("/proc/self/maps").read_text()
+    made = file.stat().st_mtime_ns
+    again = pyramid(load_images(photos, size=32, root=tmp_path / "root"))
+    assert file.stat().st_mtime_ns == made and "averaging" not in capsys.readouterr().out
+    for size in (32, 16, 8, 4):
+        assert torch.equal(mapped[size], in_memory[size]) and torch.equal(again[size], in_memory[size])
+        next(batches(mapped[size], 3))
+
+    Image.new("RGB", (40, 40), "white").save(photos / "zzz.png")           # the folder changes: all is made anew
+    more = pyramid(load_images(photos, size=32, root=tmp_path / "root"))
+    assert len(more[4]) == 11 and (more[4][-1] == 255).all() and len(list(cache.iterdir())) == 2
+
+
+def test_a_folder_in_which_every_image_is_smaller_is_refused_on_request(photos):
+    assert load_images(photos, size=4096).shape[-1] == 4096
+    with pytest.raises(ValueError, match="--size 4096 is larger than every image in .*: the largest is 3000 pixels"):
+        load_images(photos, size=4096, enlarge=False)
+    assert len(load_images(photos, size=2048, enlarge=False)) == 10         # one is large enough
+    shutil.rmtree(photos)
+    photos.mkdir()
+    (photos / "broken.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds 0 readable images"):
+        load_images(photos, size=8, enlarge=False)
 
 
 def test_run_folders_and_hidden_folders_inside_are_left_out(photos):

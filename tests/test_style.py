@@ -131,8 +131,8 @@ def test_flags_all_scripts_have(name, capsys):
     ("wgan_gp", dict(lam=10, n_critic=5, lr=1e-4, beta1=0, beta2=0.9, batch_size=64)),
     ("lsgan", dict(a=0, b=1, c=1, lr=2e-4, beta1=0.5, batch_size=64)),
     ("ebgan", dict(margin=10, pt=0.1, lr=1e-3, pretrain=0)),
-    ("progan", dict(lr=1e-3, beta1=0, beta2=0.99, lam=10, gamma=1, drift=0.001, ema=0.999, kimg=800, batch_size=None,
-                    nz=512, fmap_base=8192, fmap_max=512, steps=None))])
+    ("progan", dict(lr=1e-3, beta1=0, beta2=0.99, lam=10, gamma=1, drift=0.001, ema=0.999, kimg=800,
+                    batch_size=None, nz=512, fmap_base=8192, fmap_max=512, steps=None))])
 def test_defaults_are_the_papers(name, paper):
     train = inspect.signature(importlib.import_module(name).train).parameters
     assert {setting: train[setting].default for setting in paper} == paper
