@@ -13,6 +13,7 @@ import os
 import struct
 import sys
 import time
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,7 +45,7 @@ def channels_of(dataset):
     return DATASETS.get(dataset, (None, 3))[1]
 
 
-def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, enlarge=True):
+def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, enlarge=True, mapped=False):
     """All images of a data set (its training part) or of a folder: uint8, (N, channels, size, size)
 
     dataset   "mnist", "fashion-mnist", "cifar10", or the path of a folder, searched to any depth
@@ -54,6 +55,7 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, 
     root      where data sets are kept (None: data/ beside this file); MNIST is there, the others are downloaded
     channels  1 (grey) or 3 (RGB);  None: as the data set, 3 for a folder
     enlarge   False: ValueError for a folder in which every image is smaller than size
+    mapped    True: a folder goes through the file below even if it is small, so that processes can share it
 
     Unreadable images of a folder are named on stderr and left out. A folder that does not fit into half of the free
     memory is decoded once into a file under root, and the tensor is a view of that file.
@@ -73,7 +75,7 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, 
     if digit is not None:
         raise ValueError(f"--digit {digit} needs a data set with classes ({', '.join(DATASETS)}), and a folder has "
                          f"none: leave --digit out, or point --dataset at the folder of one class")
-    return _from_folder(folder, size, root, channels, enlarge)
+    return _from_folder(folder, size, root, channels, enlarge, mapped)
 
 
 def _from_set(dataset, digit, size, root, channels):
@@ -115,7 +117,7 @@ def _remove_if_damaged(archive, md5):
             unpacked.unlink()
 
 
-def _from_folder(folder, size, root, channels, enlarge):
+def _from_folder(folder, size, root, channels, enlarge, mapped):
     paths = []
     for place, folders, files in os.walk(folder):
         # Hidden folders hold thumbnails and the like; a run folder holds pictures made by these scripts.
@@ -125,18 +127,13 @@ def _from_folder(folder, size, root, channels, enlarge):
     paths.sort()
     if not paths:
         raise ValueError(f"no images in {folder}: it needs files that end in {', '.join(ENDINGS)}, at any depth")
-    if not enlarge:
-        largest = 0
-        for path in paths:
-            largest = max(largest, _side(path))
-            if largest >= size:
-                break
-        else:
-            if largest:
-                raise ValueError(f"--size {size} is larger than every image in {folder}: "
-                                 f"the largest is {largest} pixels high or wide")
+    if not enlarge and not any(_side(path) >= size for path in paths):
+        largest = max(map(_side, paths))
+        if largest:                                         # else none can be read, which is said below
+            raise ValueError(f"--size {size} is larger than every image in {folder}: the largest square in them "
+                             f"has {largest} pixels, and --size can be at most that")
 
-    if len(paths) * channels * size * size <= free_memory() / 2:
+    if not mapped and len(paths) * channels * size * size <= free_memory() / 2:
         images, n = torch.empty(len(paths), channels, size, size, dtype=torch.uint8), 0
         for part in _decoded(folder, paths, size, channels):
             images[n:n + len(part)] = part
@@ -159,10 +156,11 @@ def _from_folder(folder, size, root, channels, enlarge):
     return images
 
 
-def _mapped(file, size=None):
-    """The bytes of a file as a tensor, read when they are used; with a size, a new file to be written to"""
-    new, size = size is not None, file.stat().st_size if size is None else size
-    return torch.from_file(str(file), shared=new, size=size, dtype=torch.uint8)
+def _mapped(file):
+    """The bytes of a file as a tensor, to be read only: they are fetched when they are used, and take no memory"""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                     # that it cannot be written to
+        return torch.from_numpy(np.memmap(file, np.uint8, "r"))
 
 
 def pyramid(images):
@@ -173,29 +171,33 @@ def pyramid(images):
     """
     n, channels, size, _ = images.shape
     sizes = [size >> k for k in range(1, size.bit_length() - 2)]
-    parts = [n * channels * each * each for each in sizes]
+    numbers = [n * channels * each * each for each in sizes]
 
-    def views(flat):
-        return {each: part.view(n, channels, each, each) for each, part in zip(sizes, flat.split(parts))}
+    def levels(flat):
+        return {each: part.view(n, channels, each, each) for each, part in zip(sizes, flat.split(numbers))}
 
-    def fill(levels):
+    def averages():
         some = max(1, 2**24 // images[0].numel())           # 64 MiB as floats
         for start in range(0, n, some):
             x = images[start:start + some].float()
-            for level in levels.values():
+            for each in sizes:
                 x = avg_pool2d(x, 2)
-                level[start:start + some] = x.round()
-        return levels
+                yield each, start, x.round().to(torch.uint8)
     file = getattr(images, "file", None)
     if file is None or not sizes:
-        return {size: images, **fill(views(torch.empty(sum(parts), dtype=torch.uint8)))}
+        lower = levels(torch.empty(sum(numbers), dtype=torch.uint8))
+        for each, start, part in averages():
+            lower[each][start:start + len(part)] = part
+        return {size: images, **lower}
     below = file.with_suffix(".pyramid")
     if not below.exists():
         print(f"averaging {n:,} images once into {below}", flush=True)
+        begin = dict(zip(sizes, np.cumsum([0, *numbers]).tolist()))
         with replacing(below) as sink:
-            sink.truncate(sum(parts))
-            fill(views(_mapped(sink.name, sum(parts))))
-    return {size: images, **views(_mapped(below))}
+            for each, start, part in averages():
+                sink.seek(begin[each] + start * part[0].numel())
+                sink.write(part.numpy())
+    return {size: images, **levels(_mapped(below))}
 
 
 def _decoded(folder, paths, size, channels):

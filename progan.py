@@ -9,9 +9,10 @@ loss is any GAN's; here, as in the paper's main results, WGAN-GP's with one crit
 
 Differs from the paper, or from its authors' code:
 - Adam is reset when a fade begins and when it ends: the authors' code; the paper does not say.
+- Weights are multiplied by He's constant (§4.1 divides by it); gain 1 in toRGB and in D's last layer: their code.
 - Pixel norm after every 3x3 convolution (A.1) and on the latents; in the authors' code after the first, 4x4, too.
-- Minibatch standard deviation over the whole minibatch (§3); in the authors' later code over groups of 4.
-- No labels, no mirrored images, no lower learning rate for the first 40 thousand images, as in the authors' code.
+- Minibatch standard deviation over the whole minibatch (§3), of each process; in their later code over groups of 4.
+- Not here, though in their code: labels, mirrored images, a lower learning rate for the first 40 thousand images.
 - The run ends when the last resolution is stable; the authors went on as long as the images got better.
 The recipe takes other losses as well: the paper's appendix B uses LSGAN's. The defaults are the paper's, which are
 meant for GPUs; the README has a line for a small machine.
@@ -43,8 +44,8 @@ from common import (DATASETS, batches, channels_of, load_images, pyramid, replac
 # ---- The pieces (§3, §4) -----------------------------------------------------------------------------------------
 
 class Conv(nn.Module):
-    """A convolution with equalised learning rate (§4.1): its weights start as N(0, 1) and are scaled at run time by
-    He's constant, gain / √fan_in, so that a step of Adam's means the same to all.  The bias starts at 0, unscaled.
+    """A convolution with equalised learning rate (§4.1): weights start as N(0, 1) and are multiplied at run time by
+    He's constant, gain / √fan_in, so that a step of Adam's means the same to all.  Biases start at 0, unscaled.
     (m, n_in, H, W) -> (m, n_out, H', W')"""
     def __init__(self, n_in, n_out, kernel, padding=0, gain=2 ** 0.5):
         super().__init__()
@@ -69,12 +70,12 @@ def minibatch_stddev(x):
 
 
 def upsample(x):
-    """Every pixel four times.  (m, C, H, W) -> (m, C, 2H, 2W)"""
+    """Table 2: every pixel four times.  (m, C, H, W) -> (m, C, 2H, 2W)"""
     return F.interpolate(x, scale_factor=2)
 
 
 def downsample(x):
-    """Averages of 2x2 pixels.  (m, C, H, W) -> (m, C, H/2, W/2)"""
+    """Table 2: averages of 2x2 pixels.  (m, C, H, W) -> (m, C, H/2, W/2)"""
     return F.avg_pool2d(x, 2)
 
 
@@ -96,11 +97,13 @@ def feature_maps(resolution, fmap_base, fmap_max):
 
 class Generator(nn.Module):
     """G(z, resolution, alpha): latents -> images, linear, so not quite within [-1, 1].
-    (m, nz) -> (m, channels, resolution, resolution).  alpha in [0, 1]: the weight of the last block"""
+    (m, nz) -> (m, channels, resolution, resolution).  alpha in [0, 1]: the weight of the last block.
+    G(z) without a resolution: as large as self.grown says, which follows the training"""
     def __init__(self, resolution, channels=3, fmap_base=8192, fmap_max=512, nz=512):
         super().__init__()
         n = feature_maps(resolution, fmap_base, fmap_max)
-        self.grown = resolution, 1.0                            # what G(z) alone shows
+        self.grown = resolution, 1.0
+        # One of the 4x4 weights meets the latent in each place; fan_in counts all 16, as in the authors' code.
         self.blocks = nn.ModuleList([nn.Sequential(             # (m, nz, 1, 1) -> (m, n[0], 4, 4)
             Conv(nz, n[0], 4, padding=3), nn.LeakyReLU(0.2),
             Conv(n[0], n[0], 3, padding=1), nn.LeakyReLU(0.2), Layer(pixel_norm))])
@@ -118,14 +121,15 @@ class Generator(nn.Module):
         for k in range(1, last + 1):
             small, x = x, self.blocks[k](x)
         image = self.to_rgb[last](x)
-        if alpha < 1 and last > 0:                              # Fig. 2 (b), left
+        if alpha < 1 and last > 0:                              # Fig. 2 (b): G
             image = (1 - alpha) * upsample(self.to_rgb[last - 1](small)) + alpha * image
         return image
 
 
 class Discriminator(nn.Module):
     """D(x, resolution, alpha): images -> scores; they depend on the minibatch, by its standard deviation.
-    (m, channels, resolution, resolution) -> (m,).  alpha in [0, 1]: the weight of the first block"""
+    (m, channels, resolution, resolution) -> (m,).  alpha in [0, 1]: the weight of the first block.
+    D(x) without a resolution: that of x, alpha 1"""
     def __init__(self, resolution, channels=3, fmap_base=8192, fmap_max=512):
         super().__init__()
         n = feature_maps(resolution, fmap_base, fmap_max)
@@ -143,7 +147,7 @@ class Discriminator(nn.Module):
         h = self.from_rgb[last](x)
         for k in range(last, 0, -1):
             h = self.blocks[k](h)
-            if k == last and alpha < 1:                         # Fig. 2 (b), right
+            if k == last and alpha < 1:                         # Fig. 2 (b): D
                 h = (1 - alpha) * self.from_rgb[k - 1](downsample(x)) + alpha * h
         return self.blocks[0](h)
 
@@ -171,8 +175,8 @@ def fade(x, alpha):
 def grad_norm(D, x, resolution, alpha):
     """‖∇_x D(x)‖₂ of every image x, itself differentiable.  (m, C, H, W) -> (m,)"""
     x = x.detach().requires_grad_()
-    # Minibatch standard deviation lets D see the images together: the gradient of the summed scores, which the
-    # authors take too, holds an image's effect on the other scores as well, and is not image by image.
+    # By the minibatch standard deviation an image has an effect on all scores. So the gradient of the summed
+    # scores, which the authors take too, is not image by image that of the image's own score.
     (grad,) = torch.autograd.grad(D(x, resolution, alpha).sum(), x, create_graph=True)
     return torch.linalg.vector_norm(grad, dim=(1, 2, 3))        # unlike sqrt(sum of squares), not nan at grad = 0
 
@@ -196,7 +200,7 @@ def train(
     drift=0.001,              # ε_drift   weight of D(x)², which keeps the scores near 0
     ema=0.999,                #           decay of the moving average of G; shorter runs need less
     kimg=800.0,               #           thousands of images to fade a resolution in, and to stabilise it
-    batch_size: int = None,   # m         images per batch (16 up to 128x128, then 14, 6 and 3)
+    batch_size: int = None,   # m         images per batch and process (16 up to 128x128, then 14, 6, 3)
     # The networks
     nz=512,                   # z         dimensions of the latent variable
     fmap_base=8192,           #           feature maps: 2 fmap_base / resolution,
@@ -212,7 +216,7 @@ def train(
     seed=0,                   #           of every random number
     device="auto",            #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
     out: str = None,          #           run folder (runs/SCRIPT-DATASET-DIGIT)
-    save_every=100,           #           steps between rows of the log, pictures and checkpoints
+    save_every=500,           #           steps between rows of the log, pictures and checkpoints
 ):
     """Trains as A.1 says.  Returns G, D; load(out) is G's moving average.  ValueError or OSError, one sentence, for
     settings or files that do not fit; KeyboardInterrupt after Ctrl-C, when everything is saved"""
@@ -222,12 +226,12 @@ def train(
     D = Discriminator(size, channels, fmap_base, fmap_max).to(device, memory_format=torch.channels_last)
     G_ema = copy.deepcopy(G)
     theta, w = list(G.parameters()), list(D.parameters())
-    opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), fused=True)
-    opt_D = torch.optim.Adam(w, lr, (beta1, beta2), fused=True)
+    opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), eps=1e-8, fused=True)
+    opt_D = torch.optim.Adam(w, lr, (beta1, beta2), eps=1e-8, fused=True)
     same_everywhere(G, D, G_ema)
     with first_process_first():
-        levels = pyramid(load_images(dataset, digit, size, root, channels, enlarge=False))
-    P_r = {r: batches(images, batch_size or MINIBATCH[r], device) for r, images in levels.items()}
+        images = load_images(dataset, digit, size, root, channels, enlarge=False, mapped=world > 1)
+        P_r = {r: batches(x, batch_size or MINIBATCH[r], device) for r, x in pyramid(images).items()}
     if rank == 0:
         save_images(next(P_r[size])[:64], out / "real.png")
     log = {}
@@ -235,7 +239,7 @@ def train(
     for images_shown in run(config, out, log, G=G, D=D, G_ema=G_ema, opt_G=opt_G, opt_D=opt_D):
         resolution, alpha = schedule(images_shown, size, kimg)      # §2      4x4; fade in 8x8, stabilise it; ...
         x = fade(next(P_r[resolution]), alpha)                      # Fig. 2  real images fade as generated ones do
-        z = torch.randn(len(x), nz, device=device)                  # §4.2    latents, which G normalises
+        z = torch.randn(len(x), nz, device=device)                  # A.1     latents; G puts them on a hypersphere
         eps = torch.rand(len(x), 1, 1, 1, device=device)
         with torch.no_grad():
             x_tilde = G(z, resolution, alpha)                       # Fig. 2
@@ -243,9 +247,10 @@ def train(
         D_x_tilde = D(x_tilde, resolution, alpha)                   # §3      real and generated images apart: each
         D_x = D(x, resolution, alpha)                               #         minibatch has its standard deviation
         penalty = (grad_norm(D, x_hat, resolution, alpha) - gamma) ** 2
-        L = D_x_tilde - D_x + lam / gamma ** 2 * penalty            # A.1     L ← D(x_tilde) − D(x)
-        L = L + drift * D_x ** 2                                    #             + λ/γ² (‖∇D(x_hat)‖ − γ)²
-        opt_D.zero_grad()                                           #             + ε_drift D(x)²
+        L = (D_x_tilde - D_x                                        # A.1     L ← D(x_tilde) − D(x)
+             + lam / gamma ** 2 * penalty                           # §6.5        + λ/γ² (‖∇_x_hat D(x_hat)‖₂ − γ)²
+             + drift * D_x ** 2)                                    # A.1         + ε_drift D(x)²
+        opt_D.zero_grad()
         L.mean().backward(inputs=w)
         average_gradients(w)
         opt_D.step()                                                # A.1     w ← Adam(∇_w 1/m Σ L, w, α, β₁, β₂)
@@ -259,7 +264,7 @@ def train(
         move_average(G_ema, G, ema)                                 # A.1     θ_ema ← 0.999 θ_ema + 0.001 θ
 
         then = schedule(images_shown + world * len(x), size, kimg)
-        if (then[0], then[1] < 1) != (resolution, alpha < 1):       # code    a fade begins or ends: Adam forgets
+        if (then[0], then[1] < 1) != (resolution, alpha < 1):       # code    a phase ends: Adam is reset
             opt_G.state.clear()
             opt_D.state.clear()
         log.update(L_D=L.mean(), L_G=L_G.mean(), penalty=penalty.mean(), wasserstein=(D_x - D_x_tilde).mean(),
@@ -301,7 +306,7 @@ def start(config):
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():      # started by torchrun
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(days=1))
     rank, world = processes()
     if rank == 0:
         print(f"device: {device}" + f" in each of {world} processes" * (world > 1), f"run folder: {out}",
@@ -368,7 +373,7 @@ def processes():
 
 @contextlib.contextmanager
 def first_process_first():
-    """The other processes enter when the first has left: it unpacks and decodes images for all of them"""
+    """The other processes enter when the first has left: it unpacks, decodes and averages images for all of them"""
     rank, world = processes()
     if rank > 0:
         dist.barrier()
@@ -428,6 +433,7 @@ def run(config, out, log, **state):
     if saved and rank == 0:
         print(f"{f'{done} of {steps}' if steps else done} steps are done: {'finished' if over else 'continuing'}",
               flush=True)
+    del saved
     state["G"].grown = G.grown = schedule(images, size, kimg)
     stop, handlers, good, begin = [], {}, done, time.perf_counter()
     shown, before = begin, images
@@ -441,7 +447,8 @@ def run(config, out, log, **state):
                     total[name] = torch.zeros_like(value)
                 total[name] += value.detach()
 
-            images += world * (config["batch_size"] or MINIBATCH[schedule(images, size, kimg)[0]])
+            m = config["batch_size"] or MINIBATCH[schedule(images, size, kimg)[0]]
+            images += world * m
             count, done = count + 1, done + 1
             over, stopped = done >= steps if steps else images >= phases * length, any(everyones(bool(stop)))
             save = over or stopped or done % config["save_every"] == 0
@@ -458,12 +465,13 @@ def run(config, out, log, **state):
                 raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr")
             now = time.perf_counter()           # after item(): the device has done what was asked of it
             speed, phase = (images - before) / (now - shown), min(images // length, phases - 1)
-            left = timedelta(seconds=round(max(0, (phase + 1) * length - images) / speed))
+            remain = (steps - done) * world * m if steps else max(0, (phase + 1) * length - images)
+            left, of_phase = timedelta(seconds=round(remain / speed)), f" of phase {phase + 1} of {phases}"
             shown, before = now, images
             print(f"step {done}/{steps}" if steps else f"step {done}",
                   f"{resolution}x{resolution}", f"alpha {alpha:.2f}",
                   *(f"{name} {value:.4g}" for name, value in means.items()),
-                  f"{speed:.0f} images/s, {left} left of phase {phase + 1} of {phases}", sep="  ", flush=True)
+                  f"{speed:.0f} images/s, {left} left{'' if steps else of_phase}", sep="  ", flush=True)
             if save:
                 side = min(8, 2048 // resolution)                       # more would not fit into the picture
                 with torch.no_grad():
@@ -482,6 +490,7 @@ def run(config, out, log, **state):
                 good, count = done, 0
                 for value in total.values():
                     value.zero_()
+        everyones(None)                         # torchrun ends all when one leaves; the first may still be saving
         if stopped and not over:
             raise KeyboardInterrupt
     finally:

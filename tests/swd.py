@@ -3,7 +3,8 @@
 Of patches of 7x7 pixels from every level of a Laplacian pyramid: small figures at coarse levels mean like shapes,
 at fine levels similar texture. Needs no trained network. Prints one figure per level, times 1000 as in the paper,
 and their average. Figures compare only for equal sizes, numbers of images and data; two halves of the real images
-show how small they can get. The paper takes 16,384 images of each.
+show how small they can get. Both sets are scaled to mean 0 and deviation 1 in every colour and level, so that
+overall brightness, contrast and tint do not count. The paper takes 16,384 images of each.
 """
 import argparse
 import sys
@@ -11,10 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import ENDINGS, load_images  # noqa: E402
+from common import ENDINGS, _side, load_images  # noqa: E402
 
 TAPS = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16         # Burt & Adelson 1983, a = 0.375
 
@@ -51,7 +51,7 @@ def patches(level, rows, columns, side=7):
 def normalised(descriptors):
     """Every colour channel to mean 0 and standard deviation 1 over all patches.  (N, C, h, w) -> (N, C h w)"""
     mean = descriptors.mean((0, 2, 3), keepdim=True)
-    std = descriptors.std((0, 2, 3), correction=0, keepdim=True)
+    std = descriptors.std((0, 2, 3), correction=0, keepdim=True).clamp(min=1e-8)    # a collapsed G may have 0
     return ((descriptors - mean) / std).flatten(1)
 
 
@@ -66,7 +66,9 @@ def sliced_wasserstein(a, b, directions):
 
 def swd(real, fake, images=16384, per_image=128, projections=512, seed=0):
     """§5.  uint8 images, (n, C, s, s) and (n', C, s, s) -> {s: distance, s/2: ..., ..., 16: ...}, not times 1000.
-    Of both sets as many images are taken: the least of images, n and n'.  ValueError if the sizes differ"""
+    Of both sets as many images are taken: the least of images, n and n'.  ValueError for sizes that differ"""
+    if min(images, per_image, projections) < 1:
+        raise ValueError(f"at least 1 image, patch and projection, not {images}, {per_image} and {projections}")
     if real.shape[1:] != fake.shape[1:] or real.shape[-1] < 7:
         raise ValueError(f"images of one size, at least 7 pixels, are needed, not {tuple(real.shape[1:])} and "
                          f"{tuple(fake.shape[1:])}")
@@ -85,11 +87,10 @@ def swd(real, fake, images=16384, per_image=128, projections=512, seed=0):
 
 
 def side_of(folder):
-    """The largest square in the first image of a folder, in pixels; None if there is none"""
+    """The largest square in the first readable image of a folder, in pixels; None if there is none"""
     for path in sorted(Path(folder).rglob("*")):
-        if path.suffix.lower() in ENDINGS:
-            with Image.open(path) as image:
-                return min(image.size)
+        if path.suffix.lower() in ENDINGS and path.name[0] != "." and _side(path):
+            return _side(path)
 
 
 def main(argv=None):

@@ -1,5 +1,6 @@
 """ProGAN: its pieces, its table 2, growing, and six steps of training against numpy"""
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,10 @@ def test_pixel_norm(shape):
 
 def test_latents_are_normalised():
     G, z = Generator(8, 1, 64, 8, nz=6), torch.randn(3, 6)
+    with torch.no_grad():
+        for conv in G.modules():                            # without biases, only the direction of z would count
+            if isinstance(conv, Conv):
+                conv.bias.normal_()
     torch.testing.assert_close(G(z), G(9 * z))
 
 
@@ -476,6 +481,9 @@ def test_a_run_grows_and_ends_by_itself(whole, capsys):
     before = {p: p.read_bytes() for p in whole.iterdir()}
     progan.train(**TINY, save_every=1, out=whole)
     assert "20 steps are done: finished" in capsys.readouterr().out
+    progan.train(**TINY, out="again")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"step 20  16x16  alpha 1.00  .* images/s, 0:00:00 left of phase 5 of 5", last)
     assert {p: p.read_bytes() for p in whole.iterdir()} == before
 
 
@@ -550,7 +558,7 @@ def test_a_folder_of_images_smaller_than_the_size_is_refused(capsys):
         progan.main("--dataset mine --size 32 --steps 1 --fmap-max 4 --device cpu".split())
     err = capsys.readouterr().err
     assert end.value.code == 2 and len(err.splitlines()) == 1
-    assert "--size 32 is larger than every image in mine: the largest is 31 pixels high or wide" in err
+    assert "--size 32 is larger than every image in mine: the largest square in them has 31 pixels" in err
     assert not Path("runs").exists()
     Image.new("RGB", (32, 32)).save("mine/3.png")           # one is enough, the others are enlarged
     progan.main("--dataset mine --size 32 --steps 1 --fmap-max 4 --device cpu".split())
