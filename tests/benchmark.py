@@ -259,7 +259,7 @@ def timed(*args, **state):
 progan.run = timed
 progan.train(size=size, channels=3, steps=1, batch_size=m, out="run", device="cpu")
 """
-    for size, m in ((256, 14), (512, 6), (1024, 3)):
+    for size, m in ((256, 3), (512, 2), (1024, 1)):
         with tempfile.TemporaryDirectory() as folder:
             done = subprocess.run([sys.executable, "-c", job, str(size), str(m)], cwd=folder, capture_output=True,
                                   text=True)

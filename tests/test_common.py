@@ -1,5 +1,6 @@
 """common.py: images in, images out"""
 import gzip
+import os
 import shutil
 from pathlib import Path
 
@@ -189,6 +190,20 @@ def test_larger_than_memory_is_one_mapped_file_made_once(photos, monkeypatch, ca
     assert len(again) == 11 and (again[-1] == 255).all()
     assert [f.stat().st_size for f in (tmp_path / "root" / "cache").iterdir()] == [11 * 3 * 16 * 16]
     assert load_images(photos, size=8, root=tmp_path / "root").shape[-1] == 8
+
+
+def test_a_mapped_file_may_be_larger_than_memory(tmp_path):
+    file = tmp_path / "sparse"
+    file.touch()
+    os.truncate(file, 8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    flat = common._mapped(file)
+    assert len(flat) == file.stat().st_size and flat[0] == flat[-1] == 0
+
+
+def test_mapped_on_request_a_small_folder_goes_through_the_file_too(photos, tmp_path):
+    mapped = load_images(photos, size=16, root=tmp_path / "root", mapped=True)
+    assert torch.equal(mapped, load_images(photos, size=16))
+    assert [f.suffix for f in (tmp_path / "root" / "cache").iterdir()] == [".uint8"]
 
 
 @pytest.mark.parametrize("size, channels", [(4, 1), (8, 3), (64, 1), (256, 3)])

@@ -604,6 +604,9 @@ print(len(whole), "equal")
 
 
 def test_two_processes_train_as_one_and_only_the_first_writes():
+    Path("photos").mkdir()
+    for i in range(4):
+        Image.new("RGB", (20, 20), (9 * i, 0, 0)).save(f"photos/{i}.png")
     done = two_processes(f"""
 import torch, progan, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -612,18 +615,29 @@ if rank == 1:
     def never(*_): raise AssertionError("the second process writes")
     progan.replacing = progan.save_images = progan.save_animation = never
 draws, randn = [], torch.randn
-torch.randn = lambda *args, **kwargs: draws.append(randn(*args, **kwargs)) or draws[-1]
+def recorded(*args, **kwargs):
+    value = randn(*args, **kwargs)
+    if "generator" not in kwargs:                           # as the pictures' fixed latents have
+        draws.append(value)
+    return value
+torch.randn = recorded
 settings = {TINY!r} | dict(kimg=0.032)
 G, D = progan.train(**settings, steps=20, out="whole")
-torch.save([[p.detach() for p in (*G.parameters(), *D.parameters())], draws[-1]], f"weights{{rank}}.pt")
+torch.save([[p.detach() for p in (*G.parameters(), *D.parameters())], draws], f"weights{{rank}}.pt")
 progan.train(**settings, steps=10, out="parts")
 progan.train(**settings, steps=20, out="parts")
+progan.train(**settings | dict(digit=None), dataset="photos", root="root", steps=1, out="photos-run")
 """)
     assert done.returncode == 0, done.stderr
-    (a, z_a), (b, z_b) = (torch.load(f"weights{rank}.pt") for rank in range(2))
-    assert all(torch.equal(x, y) for x, y in zip(a, b)) and not torch.equal(z_a, z_b)
+    (a, drawn_a), (b, drawn_b) = (torch.load(f"weights{rank}.pt") for rank in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
+    numbers = [torch.cat([draw.flatten() for draw in drawn]) for drawn in (drawn_a, drawn_b)]
+    assert len(numbers[0]) == len(numbers[1]) > 1000 and torch.isin(*numbers).sum() < 5     # other random numbers
     assert saved("whole")["images_shown"] == 20 * 8 and len(saved("whole")["rng"]) == 2
     assert not torch.equal(*(rng[0] for rng in saved("whole")["rng"]))
     assert_same(saved("whole"), saved("parts"))
     lines = done.stdout.splitlines()
-    assert lines[0] == "device: cpu in each of 2 processes" and lines.count(lines[0]) == 3
+    assert lines[0] == "device: cpu in each of 2 processes" and lines.count(lines[0]) == 4
+    for word in ("decoding", "averaging"):                  # once, by the first
+        assert sum(line.startswith(word) for line in lines) == 1
+    assert sorted(p.suffix for p in Path("root/cache").iterdir()) == [".pyramid", ".uint8"]
