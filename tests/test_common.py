@@ -218,12 +218,14 @@ def test_pyramid_averages_2x2_pixels_and_rounds_once(size, channels):
         np.testing.assert_array_equal(level.numpy(), np.round(mean))
 
 
-def test_pyramid_in_parts_is_the_same():
+def test_pyramid_in_parts_is_the_same(tmp_path):
     images = torch.randint(256, (40, 3, 512, 512), dtype=torch.uint8)       # 21 at a time
-    whole = pyramid(images)
-    for i in (0, 20, 21, 39):
-        for size, level in pyramid(images[i:i + 1]).items():
-            assert torch.equal(level[0], whole[size][i])
+    in_memory = pyramid(images)
+    images.file = tmp_path / "images.uint8"
+    for whole in (in_memory, pyramid(images)):
+        for i in (0, 20, 21, 39):
+            for size, level in pyramid(images[i:i + 1]).items():
+                assert torch.equal(level[0], whole[size][i])
 
 
 def test_pyramid_of_mapped_images_is_mapped_and_made_once(photos, monkeypatch, capsys, tmp_path):
@@ -255,7 +257,13 @@ def test_a_folder_in_which_every_image_is_smaller_is_refused_on_request(photos):
     assert len(load_images(photos, size=2048, enlarge=False)) == 10         # one is large enough
     shutil.rmtree(photos)
     photos.mkdir()
-    (photos / "broken.png").write_bytes(b"")
+    for name in "ab":
+        Image.new("L", (20, 16)).save(photos / f"{name}.png")
+    assert len(load_images(photos, size=16, enlarge=False)) == 2            # just large enough
+    with pytest.raises(ValueError, match="the largest square in them has 16 pixels"):
+        load_images(photos, size=17, enlarge=False)
+    for name in "ab":
+        (photos / f"{name}.png").write_bytes(b"")
     with pytest.raises(ValueError, match="holds 0 readable images"):
         load_images(photos, size=8, enlarge=False)
 
