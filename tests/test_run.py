@@ -326,7 +326,9 @@ def test_a_generated_image_is_the_loaded_generators(script):
         shown = np.asarray(Image.open(f"run/generated/{i:06d}.png"), dtype=float)
         assert shown.shape == (28, 28)
         assert np.abs(shown - ((x[i, 0, 2:-2, 2:-2].clamp(-1, 1) + 1) * 127.5).round().numpy()).max() <= 1
-        torch.testing.assert_close(G(z[i:i + 1])[0], x[i])
+        # Pixel norm enlarges the rounding, which differs with the number of images; still far below a grey level.
+        rounding = dict(rtol=1e-3, atol=1e-4) if script.__name__ == "progan" else {}
+        torch.testing.assert_close(G(z[i:i + 1])[0], x[i], **rounding)
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "x"])
