@@ -548,9 +548,11 @@ def main(argv=None):
     n = settings.pop("generate")
     try:
         if n is None:
-            train(**settings)
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            try:
+                train(**settings)
+            finally:
+                if dist.is_initialized():       # its threads must not outlive Python
+                    dist.destroy_process_group()
         else:
             out = run_folder(settings["out"], settings["dataset"], settings["digit"])
             print(f"{n} images in {generate(out, n, settings['device'], settings['seed'])}")

@@ -599,6 +599,7 @@ for a, b in zip(whole, mine):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 assert max((a - b).abs().max() for a, b in zip(whole, alone)) > 1e-2
 print(len(whole), "equal")
+dist.destroy_process_group()
 """)
     assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr
 
@@ -627,6 +628,7 @@ torch.save([[p.detach() for p in (*G.parameters(), *D.parameters())], draws], f"
 progan.train(**settings, steps=10, out="parts")
 progan.train(**settings, steps=20, out="parts")
 progan.train(**settings | dict(digit=None), dataset="photos", root="root", steps=1, out="photos-run")
+dist.destroy_process_group()
 """)
     assert done.returncode == 0, done.stderr
     (a, drawn_a), (b, drawn_b) = (torch.load(f"weights{rank}.pt") for rank in range(2))
