@@ -1,7 +1,9 @@
-"""How fast, and how much memory: python tests/benchmark.py [usual] [matrix] [memory] [growing] [large] [cuda]
+"""How fast, and how much memory: python tests/benchmark.py [scripts] [usual] [matrix] [memory] [growing] [large] [cuda]
 
 Without a name, all of them:
 
+scripts one table of the five: milliseconds per step, images per second, the usual way of writing the same step with
+        the same networks (by turns), share of the machine's matrix rate, memory; CUDA, eager and recorded
 usual   critic updates per second of wgan_gp.py and of the usual way of writing it, by turns, same networks
 matrix  the floating-point operations of a step of width 64 against what this machine reaches in matrix products
 memory  resident memory of the default command, after 10 and after 1,000 steps
@@ -11,6 +13,7 @@ large   one step of progan.py at 256x256, 512x512 and 1024x1024, with table 2's 
 cuda    milliseconds per step of the four small scripts, eager and recorded (--record), where there is a GPU
 """
 import contextlib
+import copy
 import importlib
 import io
 import itertools
@@ -26,6 +29,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.flop_counter import flop_registry  # noqa: E402
@@ -62,17 +66,18 @@ def patched(module=wgan_gp, **values):
             setattr(module, name, value)
 
 
-def train(warm, steps, **settings):
-    """Seconds per step of wgan_gp.train, after warm steps, its saving left out"""
-    original, moments = wgan_gp.run, []
+def train(warm, steps, script=wgan_gp, **settings):
+    """Seconds per step of script.train, after warm steps, its saving left out"""
+    original, moments = script.run, []
 
     def timed(*args, **state):
-        for step in original(*args, **state):
-            if step >= warm:
+        for i, step in enumerate(original(*args, **state)):
+            if i >= warm:
                 moments.append(time.perf_counter())
             yield step
-    with patched(run=timed), contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as out:
-        wgan_gp.train(steps=warm + steps + 1, save_every=10**9, out=out, **settings)
+    with patched(script, run=timed), contextlib.redirect_stdout(io.StringIO()), \
+            tempfile.TemporaryDirectory() as out:
+        script.train(steps=warm + steps + 1, save_every=10**9, out=out, **settings)
     return (moments[-1] - moments[0]) / (len(moments) - 1)
 
 
@@ -118,6 +123,137 @@ def usual(rounds=5):
                   f"ratio {theirs / ours:.2f}")
     ratio = median(theirs / ours for ours, theirs in pairs)
     print(f"usual: MLP 784-512-256-1 / 100-128-256-512-1024-784, batch 64: median ratio {ratio:.2f}")
+
+
+def usual_step(name):
+    """Does a step of a script at a time, with its own networks and numbers, as such scripts are commonly written: a
+    DataLoader that transforms image by image, optimizers that are not fused, gradients for both networks at every
+    backward; with a gradient penalty also the generated images' graph in D's step and separate passes"""
+    script, m = importlib.import_module(name), 16 if name == "progan" else 64
+    steps_per_image = [transforms.Pad(2), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+    mnist = datasets.MNIST(common.ROOT, transform=transforms.Compose(steps_per_image))
+    loader = torch.utils.data.DataLoader(mnist, m, shuffle=True, drop_last=True)
+    reals = (real for _ in itertools.count() for real, _ in loader)
+    if name == "progan":
+        G, D = script.Generator(32, 1, fmap_max=32), script.Discriminator(32, 1, fmap_max=32)
+        G_ema, nz, drift = copy.deepcopy(G), 512, 0.001
+    else:
+        G, D = script.Generator(), (script.Critic if name.startswith("wgan") else script.Discriminator)()
+        nz, drift = 100, 0
+    optimizer = {"wgan": lambda w: torch.optim.RMSprop(w, 5e-5), "wgan_gp": lambda w: torch.optim.Adam(w, 1e-4),
+                 "lsgan": lambda w: torch.optim.Adam(w, 2e-4)}.get(name, lambda w: torch.optim.Adam(w, 1e-3))
+    opt_G, opt_D = optimizer(G.parameters()), optimizer(D.parameters())
+    mse, ones, zeros = nn.MSELoss(), torch.ones(m), torch.zeros(m)
+
+    def update(opt, loss):
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+
+    def energy(x):
+        return torch.linalg.vector_norm(D(x) - x, dim=(1, 2, 3))
+    while True:
+        yield
+        for _ in range(5 if name.startswith("wgan") else 1):
+            real, fake = next(reals), G(torch.randn(m, nz))
+            if name == "wgan":
+                update(opt_D, D(fake.detach()).mean() - D(real).mean())
+                for each in D.parameters():
+                    each.data.clamp_(-0.01, 0.01)
+            elif name == "lsgan":
+                update(opt_D, (mse(D(real), ones) + mse(D(fake.detach()), zeros)) / 2)
+            elif name == "ebgan":
+                update(opt_D, energy(real).mean() + F.relu(10 - energy(fake.detach())).mean())
+            else:
+                alpha = torch.rand(m, 1, 1, 1)
+                between = (alpha * real + (1 - alpha) * fake).requires_grad_(True)
+                scores = D(between)
+                grad = torch.autograd.grad(scores, between, grad_outputs=torch.ones_like(scores), create_graph=True,
+                                           retain_graph=True)[0]
+                penalty = ((grad.view(m, -1).norm(2, dim=1) - 1) ** 2).mean()
+                scores = D(real)
+                update(opt_D, D(fake).mean() - scores.mean() + 10 * penalty + drift * (scores ** 2).mean())
+        if name == "lsgan":
+            update(opt_G, mse(D(fake), ones) / 2)
+        elif name == "ebgan":
+            codes = D.encode(fake).view(m, -1)
+            codes = codes / codes.norm(dim=1, keepdim=True)
+            update(opt_G, energy(fake).mean() + 0.1 * ((codes @ codes.t()) ** 2).sum() / m ** 2)
+        else:
+            update(opt_G, -D(G(torch.randn(m, nz))).mean())
+        if name == "progan":
+            for average, now in zip(G_ema.parameters(), G.parameters()):
+                average.data.mul_(0.999).add_(now.data, alpha=0.001)
+
+
+def seconds_of(usual, steps):
+    """Seconds per step, after one"""
+    next(usual), next(usual)
+    began = time.perf_counter()
+    for _ in range(steps):
+        next(usual)
+    return (time.perf_counter() - began) / steps
+
+
+def settings_of(name):
+    """Of a step whose speed is that of most of the run: progan.py's last resolution, as in the README's line"""
+    return dict(size=32, fmap_max=32, kimg=0.001) if name == "progan" else {}
+
+
+def flops_of(script, settings):
+    """Floating-point operations of a step"""
+    original, counter = script.run, Flops()
+
+    def counted(*args, **state):
+        for i, step in enumerate(original(*args, **state)):
+            with counter if i == 10 else contextlib.nullcontext():
+                yield step
+    with patched(script, run=counted):
+        train(0, 11, script, device="cpu", **settings)
+    return counter.count
+
+
+def peak_of(name, settings, steps=200):
+    """MiB at the end and at their peak, of a process that trains digit 7"""
+    job = (f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import benchmark, {name}; "
+           f"{name}.train(digit=7, steps={steps}, out='run', device='cpu', **{settings}); print(*benchmark.resident())")
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", job], cwd=folder, capture_output=True, text=True, check=True)
+    return [float(word) for word in done.stdout.split()[-2:]]
+
+
+def on_cuda(script, settings):
+    """Milliseconds per step: eager, recorded (progan.py has no --record)"""
+    if not torch.cuda.is_available():
+        return ["not measured"] * 2
+    eager = train(100, 500, script, device="cuda", **settings)
+    if script is progan:
+        return [f"{1000 * eager:.2f}", "-"]
+    return [f"{1000 * eager:.2f}", f"{1000 * train(100, 500, script, device='cuda', record=True, **settings):.2f}"]
+
+
+def scripts(rounds=5, steps=20):
+    rows = []
+    for name in ("wgan", "wgan_gp", "lsgan", "ebgan", "progan"):
+        script, settings = importlib.import_module(name), settings_of(name)
+        flops, pairs, shares = flops_of(script, settings), [], []
+        for _ in range(rounds):
+            rate = matrix_rate()
+            ours = train(20, steps, script, device="cpu", **settings)
+            pairs.append((ours, seconds_of(usual_step(name), steps)))
+            shares.append(flops / ours / ((rate + matrix_rate()) / 2))
+        ours, theirs = (median(each) for each in zip(*pairs))
+        ratios = [theirs / ours for ours, theirs in pairs]
+        print(f"  {name}: ratios {' '.join(f'{ratio:.2f}' for ratio in ratios)}, "
+              f"shares {' '.join(f'{share:.0%}' for share in shares)}", flush=True)
+        images = 16 if name == "progan" else 64 * (5 if name.startswith("wgan") else 1)
+        rows.append([f"{name}.py", f"{1000 * ours:.0f}", f"{images / ours:,.0f}", f"{median(ratios):.2f}",
+                     f"{flops / 1e9:.2f}", f"{median(shares):.0%}", f"{peak_of(name, settings)[1]:.0f}",
+                     *on_cuda(script, settings)])
+    print("| script | ms per step | images per second | times the usual way | GFLOP per step | of the matrix rate | "
+          "peak MiB | CUDA: ms per step | recorded |\n" + "|---" * 9 + "|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
 
 
 class Flops(TorchDispatchMode):
@@ -291,8 +427,18 @@ def cuda(rounds=3):
                 print(f"cuda: {name} width {width}: {eager:.3f} ms/step eager, {recorded:.3f} recorded")
 
 
+def processor():
+    """Its name (Linux)"""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores")
-    modes = dict(usual=usual, matrix=matrix, memory=memory, growing=growing, large=large, cuda=cuda)
+    print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+          f"torch {torch.__version__}, " + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA"))
+    modes = dict(scripts=scripts, usual=usual, matrix=matrix, memory=memory, growing=growing, large=large, cuda=cuda)
     for name in sys.argv[1:] or modes:
         modes[name]()

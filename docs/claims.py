@@ -1,0 +1,466 @@
+"""The measurements of docs/claims.md
+
+    python docs/claims.py train [NAME...]   the runs that the claims need: two at a time, with one thread each
+    python docs/claims.py 1 2 ... 12        the figures of a claim, and its plot in docs/; without numbers: of all
+"""
+import importlib.util
+import math
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+import common  # noqa: E402
+import evaluate  # noqa: E402
+import wgan_gp  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+RUNS = PROJECT / "runs" / "claims"
+SMALL = "--size 32 --fmap-max 32 --kimg 20 --ema 0.995"        # the README's line for a small machine
+IMAGES = 5000
+
+
+# ---- The runs ----------------------------------------------------------------------------------------------------
+
+class Run(NamedTuple):
+    """All ten digits, once per seed, in RUNS/NAME/SEED; every so many steps the checkpoint is kept, too"""
+    script: str
+    steps: int
+    every: int
+    flags: str = ""
+    seeds: tuple = (0, 1, 2)
+    edits: dict = {}        # old line: new line. A changed copy of the script is trained: RUNS/NAME/SCRIPT.py
+
+
+RMSPROP = ("    opt_D = torch.optim.RMSprop(w, lr, maximize=True, capturable=record)"
+           "    # line 6 adds, line 11 subtracts")
+JOBS = {
+    "wgan": Run("wgan", 6000, 500),
+    "wgan_gp": Run("wgan_gp", 4000, 500),
+    "lsgan": Run("lsgan", 9000, 1000),
+    "ebgan": Run("ebgan", 6000, 1000),
+    "progan": Run("progan", 8750, 1250, SMALL),
+    # 8
+    "ebgan-without-pt": Run("ebgan", 6000, 1000, "--pt 0"),
+    "ebgan-margin-1": Run("ebgan", 6000, 1000, "--margin 1", (0,)),
+    "ebgan-margin-30": Run("ebgan", 6000, 1000, "--margin 30", (0,)),
+    "ebgan-pretrain": Run("ebgan", 6000, 1000, "--pretrain 500", (0,)),
+    # 9
+    "progan-without-growing": Run("progan", 8750, 1250, SMALL, (0,), {
+        "    return 4 << (phase + 1) // 2, shown / length if phase % 2 == 1 else 1.0": "    return size, 1.0"}),
+    "progan-without-stddev": Run("progan", 8750, 1250, SMALL, (0,), {
+        "    std = (x.var(0, correction=0) + 1e-8).sqrt().mean()": "    std = x.new_zeros(())"}),
+    "progan-without-pixel-norm": Run("progan", 8750, 1250, SMALL, (0,), {
+        "    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)": "    return x"}),
+    "progan-without-equalised-lr": Run("progan", 8750, 1250, SMALL, (0,), {
+        "        self.weight = nn.Parameter(torch.randn(n_out, n_in, kernel, kernel))":
+        "        self.weight = nn.Parameter(torch.randn(n_out, n_in, kernel, kernel)\n"
+        "                                   * gain / (n_in * kernel ** 2) ** 0.5)",
+        "        self.scale, self.padding = gain / (n_in * kernel ** 2) ** 0.5, padding":
+        "        self.scale, self.padding = 1.0, padding"}),
+    # 10
+    "wgan-adam-0.9": Run("wgan", 3000, 500, edits={
+        RMSPROP: "    opt_D = torch.optim.Adam(w, lr, (0.9, 0.99), maximize=True, capturable=record)"}),
+    "wgan-adam-0": Run("wgan", 3000, 500, edits={
+        RMSPROP: "    opt_D = torch.optim.Adam(w, lr, (0.0, 0.99), maximize=True, capturable=record)"}),
+    # 11
+    "wgan-n_critic-1": Run("wgan", 6000, 500, "--n-critic 1"),
+    "wgan-n_critic-20": Run("wgan", 1500, 125, "--n-critic 20"),
+    # 12
+    "wgan_gp-one-sided": Run("wgan_gp", 2000, 500, edits={
+        "            penalty = (grad_norm(D, x_hat) - 1) ** 2":
+        "            penalty = (grad_norm(D, x_hat) - 1).relu() ** 2"}),
+}
+
+
+def script_of(name):
+    """The script of a job: the project's, or the copy with the job's changes, written here"""
+    job, script = JOBS[name], PROJECT / f"{JOBS[name].script}.py"
+    if not job.edits:
+        return script
+    text = script.read_text(encoding="utf-8")
+    for old, new in job.edits.items():
+        if text.count(old + "\n") != 1:
+            raise ValueError(f"{script.name} has no longer exactly one line {old!r}")
+        text = text.replace(old + "\n", new + "\n")
+    for file, content in ((script.name, text), ("common.py", (PROJECT / "common.py").read_text(encoding="utf-8"))):
+        with common.replacing(RUNS / name / file) as copy:
+            copy.write(content.encode())
+    return RUNS / name / script.name
+
+
+def train(name, seed):
+    """Trains one seed of a job, or goes on with it; steps/STEP/checkpoint.pt is the run as it was after so many"""
+    job, out = JOBS[name], RUNS / name / str(seed)
+    command = [sys.executable, script_of(name), "--root", PROJECT / "data", "--device", "cpu", "--seed", str(seed),
+               "--out", out, *job.flags.split()]
+    for step in range(job.every, job.steps + 1, job.every):
+        kept = out / "steps" / f"{step:06d}" / "checkpoint.pt"
+        if not kept.exists():
+            subprocess.run([*command, "--steps", str(step)], check=True, stdout=subprocess.DEVNULL,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+            with common.replacing(kept) as copy, open(out / "checkpoint.pt", "rb") as checkpoint:
+                shutil.copyfileobj(checkpoint, copy)
+    print(f"{name} {seed}: {job.steps} steps are done", flush=True)
+
+
+def train_all(names):
+    """Seed by seed, two at a time"""
+    with ThreadPoolExecutor(2) as pool:
+        todo = [(name, seed) for seed in range(3) for name in names if seed in JOBS[name].seeds]
+        for _ in pool.map(train, *zip(*todo)):
+            pass
+
+
+# ---- Judging them ------------------------------------------------------------------------------------------------
+
+def opened(name, seed, step=None):
+    """A kept checkpoint (default: the last) -> the script, as a module, and the folder"""
+    path = script_of(name)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script, RUNS / name / str(seed) / "steps" / f"{step or JOBS[name].steps:06d}"
+
+
+def judged(name, seed, step=None, average=True):
+    """tests/evaluate.py's figures; average=False: ProGAN's G itself, not its moving average"""
+    script, run = opened(name, seed, step)
+    saved, G = script.read(run), script.load(run)
+    if not average:
+        G.load_state_dict(saved["G"])
+    figures = evaluate.judge(evaluate.sample(G, saved["config"]["nz"], IMAGES), mnist())
+    return figures | {"seconds": saved["seconds"], "log": saved["log"]}
+
+
+def mnist(cache=[]):
+    """What all are compared with"""
+    if not cache:
+        cache.append(evaluate.reference("mnist"))
+    return cache[0]
+
+
+def table(head, *rows):
+    print("| " + " | ".join(map(str, head)) + " |\n|" + "---|" * len(head))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
+def of(several, key, digits=3):
+    """Mean ± standard deviation of some runs' figures, or the figure of one"""
+    values = [each[key] for each in several]
+    return evaluate.spread(values) if len(values) > 1 else f"{values[0]:.{digits}g}"
+
+
+def covered(figures):
+    """Classes with at least 1 % of the images"""
+    return int((figures["classes"] >= 0.01).sum())
+
+
+def compared(names, step=None, label=str):
+    """A table of jobs, all seeds, after so many steps"""
+    rows = []
+    for name in names:
+        several = [judged(name, seed, step) for seed in JOBS[name].seeds]
+        classes = " ".join(str(covered(each)) for each in several)
+        rows.append([label(name), len(several), *(of(several, key) for key in ("Fréchet", "precision", "recall")),
+                     classes, of(several, "entropy")])
+    table(["run", "seeds", "Fréchet distance", "precision", "recall", "classes covered", "entropy"], *rows)
+
+
+def plot(columns=1, width=8):
+    return plt.subplots(1, columns, figsize=(width, 3.2), dpi=90, layout="constrained")
+
+
+def save(figure, number):
+    figure.savefig(PROJECT / "docs" / f"claim-{number}.png")
+    plt.close(figure)
+
+
+def rank_correlation(a, b):
+    """Spearman's, without ties"""
+    ranks = torch.stack([torch.tensor(each).argsort().argsort().double() for each in (a, b)])
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def mlp(inputs, width=64):
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+                         nn.Linear(width, 1), nn.Flatten(0))
+
+
+# ---- The claims --------------------------------------------------------------------------------------------------
+
+def claim_1():
+    """WGAN, example 1: uniform on two parallel lines, θ apart"""
+    torch.manual_seed(0)
+
+    def line(at, m=256):                                    # (m, 2, 1, 1), as images of one pixel
+        return torch.stack([torch.full((m,), float(at)), torch.rand(m)], 1)[:, :, None, None]
+
+    def divergence(theta, steps=1000):
+        """JS, from below: log 2 − the loss of a trained classifier"""
+        D = mlp(2)
+        optimizer = torch.optim.Adam(D.parameters(), 1e-3)
+        for _ in range(steps):
+            loss = (F.softplus(-D(line(0))).mean() + F.softplus(D(line(theta))).mean()) / 2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return math.log(2) - loss.item()
+
+    def wasserstein(theta, steps=1000, lam=10):
+        """The estimate of a critic trained with wgan_gp.py's penalty"""
+        D = mlp(2)
+        optimizer = torch.optim.Adam(D.parameters(), 1e-3, (0.0, 0.9))
+        for _ in range(steps):
+            x, x_tilde, eps = line(0), line(theta), torch.rand(256, 1, 1, 1)
+            penalty = (wgan_gp.grad_norm(D, eps * x + (1 - eps) * x_tilde) - 1) ** 2
+            L = D(x_tilde) - D(x) + lam * penalty
+            optimizer.zero_grad()
+            L.mean().backward()
+            optimizer.step()
+        return (lam * penalty - L).mean().item()
+
+    rows = [[theta, math.log(2) if theta else 0, divergence(theta), theta, wasserstein(theta)]
+            for theta in (0.0, 0.125, 0.25, 0.5, 1.0, 2.0)]
+    table(["θ", "JS", "JS, by a classifier", "W", "W, by a critic"],
+          *([f"{value:.3f}" for value in row] for row in rows))
+    figure, (left, right) = plot(2)
+    theta, js, js_found, w, w_found = zip(*rows)
+    left.plot((1e-9, *theta[1:]), (js[1], *js[1:]), "k-", label="exact")    # 0 at θ = 0 only
+    right.plot(theta, w, "k-", label="exact")
+    for axes, found, what in ((left, js_found, "Jensen-Shannon divergence"), (right, w_found, "Wasserstein distance")):
+        axes.plot(theta, found, "o", color="#c0392b", label="by a trained network")
+        axes.set(xlabel="distance θ of the lines", title=what)
+        axes.legend()
+    save(figure, 1)
+
+
+def claim_2():
+    """WGAN, figure 2: two Gaussians that do not overlap"""
+    torch.manual_seed(0)
+    x = torch.linspace(-4, 4, 401)[:, None]
+
+    def draw(mean, m=256):
+        return mean + 0.5 * torch.randn(m, 1)
+
+    def gradient(function):
+        at = x.clone().requires_grad_()
+        return torch.autograd.grad(function(at).sum(), at)[0].abs().flatten()
+
+    def at_generated(slopes):
+        """Their mean over the generated distribution, N(2, 0.5²), as a share of the steepest place's"""
+        density = (-2 * (x.flatten() - 2) ** 2).exp()
+        return ((slopes * density).sum() / density.sum() / slopes.max()).item()
+
+    D, f = mlp(1), mlp(1)
+    for_D, for_f = torch.optim.Adam(D.parameters(), 1e-3), torch.optim.RMSprop(f.parameters(), 5e-5, maximize=True)
+    rows = []
+    for step in range(1, 5001):
+        loss = F.softplus(-D(draw(-2))).mean() + F.softplus(D(draw(2))).mean()
+        for_D.zero_grad()
+        loss.backward()
+        for_D.step()
+        gain = f(draw(-2)).mean() - f(draw(2)).mean()
+        for_f.zero_grad()
+        gain.backward()
+        for_f.step()
+        with torch.no_grad():
+            for each in f.parameters():
+                each.clamp_(-0.01, 0.01)
+        if step in (10, 100, 1000, 5000):
+            rows.append([step, f"{loss.item() / 2:.1e}", *(f"{at_generated(slopes):.2g}" for slopes in (
+                gradient(lambda at: F.logsigmoid(-D(at))), gradient(f)))])
+    best = 16 * torch.sigmoid(-16 * x.flatten())            # ln(p_r/p_g) = -16 x: the best classifier's gradient
+    rows.append(["best classifier", "", f"{at_generated(best):.2g}", ""])
+    table(["updates", "loss of the classifier", "its log(1 − D): gradient where G's images are", "gradient of the critic"],
+          *rows)
+    figure, axes = plot()
+    with torch.no_grad():
+        score = f(x) - f(x).mean()
+        for mean, name, colour in ((-2, "real", "#1f4e79"), (2, "generated", "#2e8b57")):
+            axes.fill_between(x.flatten(), 0, (-2 * (x.flatten() - mean) ** 2).exp(), alpha=0.25, color=colour,
+                              label=name)
+        axes.plot(x, torch.sigmoid(D(x)), color="#c0392b", label="classifier D(x): flat")
+        axes.plot(x, score / score.abs().max(), color="k", label="critic f(x), scaled: not flat")
+    axes.set(xlabel="x")
+    axes.legend(fontsize=8)
+    save(figure, 2)
+
+
+def claim_3():
+    """LSGAN, figure 1: the losses of G by D's output"""
+    losses = {"log(1 − σ(s))": lambda s: F.logsigmoid(-s), "−log σ(s)": lambda s: -F.logsigmoid(s),
+              "½ (s − 1)²": lambda s: (s - 1) ** 2 / 2}
+    rows, places = [], (-8.0, -4.0, 0.0, 1.0, 4.0, 8.0)
+    for name, loss in losses.items():
+        s = torch.tensor(places, requires_grad=True)
+        rows.append([name, *(f"{value:.3g}" for value in torch.autograd.grad(loss(s).sum(), s)[0])])
+    table(["gradient at s =", *(f"{place:g}" for place in places)], *rows)
+    figure, (left, right) = plot(2)
+    s = torch.linspace(-8, 8, 201)
+    for name, loss in losses.items():
+        left.plot(s, loss(s), label=name)
+        at = s.clone().requires_grad_()
+        right.plot(s, torch.autograd.grad(loss(at).sum(), at)[0])
+    left.set(xlabel="output s of D", title="loss of G", ylim=(-9, 20))
+    right.set(xlabel="output s of D", title="its gradient", ylim=(-4, 4))
+    left.legend()
+    save(figure, 3)
+
+
+def claim_4():
+    """WGAN, figure 3: the estimate against the Fréchet distance along a run"""
+    figure, both = plot(2)
+    rows = []
+    for axes, name in zip(both, ("wgan", "wgan_gp")):
+        correlations = []
+        for seed in JOBS[name].seeds:
+            steps = range(JOBS[name].every, JOBS[name].steps + 1, JOBS[name].every)
+            points = [judged(name, seed, step) for step in steps]
+            head, *log = points[-1]["log"]
+            column = head.index("wasserstein")
+            estimate = [sum(row[column] for row in log if step - JOBS[name].every < row[0] <= step)
+                        / sum(step - JOBS[name].every < row[0] <= step for row in log) for step in steps]
+            distance = [point["Fréchet"] for point in points]
+            correlations.append(rank_correlation(estimate, distance))
+            axes.plot(estimate, distance, "o-", markersize=4, label=f"seed {seed}")
+        axes.set(xscale="log", yscale="log", xlabel="Wasserstein estimate", ylabel="Fréchet distance",
+                 title=f"{name}.py, every {JOBS[name].every} steps")
+        axes.legend()
+        rows.append([f"{name}.py", len(steps), *(f"{each:.3f}" for each in correlations)])
+    table(["run", "places", *(f"rank correlation, seed {seed}" for seed in JOBS[name].seeds)], *rows)
+    save(figure, 4)
+
+
+def claim_5():
+    """WGAN-GP, figure 1 (b): the critic's weights; and its gradient norms at x_hat"""
+    figure, (left, middle, right) = plot(3, 10)
+    images, rows = common.load_images("mnist"), []
+    for axes, name in ((left, "wgan"), (middle, "wgan_gp")):
+        script, run = opened(name, 0)
+        saved, G, random = script.read(run), script.load(run), torch.Generator().manual_seed(0)
+        D = script.Critic()
+        D.load_state_dict(saved["D"])
+        weights = torch.cat([part.weight.detach().flatten() for part in D if isinstance(part, nn.Conv2d)])
+        norms = []
+        for _ in range(32):
+            x = images[torch.randint(len(images), (64,), generator=random)] / 127.5 - 1
+            eps = torch.rand(64, 1, 1, 1, generator=random)
+            x_hat = eps * x + (1 - eps) * G(torch.randn(64, 100, generator=random))
+            norms.append(wgan_gp.grad_norm(D, x_hat).detach())
+        norms = torch.cat(norms)
+        bound = (weights.abs() >= 0.0099).double().mean().item() if name == "wgan" else None
+        rows.append([f"{name}.py", f"{weights.std():.4f}", f"{weights.abs().max():.4f}",
+                     "-" if bound is None else f"{bound:.1%}", f"{norms.mean():.3g}",
+                     f"{norms.std() / norms.mean():.2g}"])
+        axes.hist(weights.numpy(), 101, color="#1f4e79")
+        axes.set(title=f"{name}.py: weights of the critic", yticks=[])
+        right.hist((norms / norms.mean()).numpy(), 60, (0.5, 1.5), alpha=0.6, label=f"{name}.py")
+    right.set(title="‖∇D(x_hat)‖ / its mean", yticks=[])
+    right.legend()
+    table(["critic", "weights: deviation", "largest", "at ±c (within 1 %)", "mean of ‖∇D(x_hat)‖",
+           "deviation / mean"], *rows)
+    save(figure, 5)
+
+
+def claim_6():
+    """Ten digits: which classes are there; the table of the README"""
+    rows = []
+    for name in evaluate.SCRIPTS:
+        several = [judged(name, seed) for seed in JOBS[name].seeds]
+        rows.append([f"{name}.py", f"{JOBS[name].steps:,}",
+                     " ".join(f"{each['seconds'] / 60:.0f}" for each in several),
+                     " ".join(f"{each['Fréchet']:.1f}" for each in several),
+                     *(of(several, key) for key in ("Fréchet", "precision", "recall")),
+                     " ".join(str(covered(each)) for each in several),
+                     " ".join(f"{100 * each['classes'].min():.1f}" for each in several), of(several, "entropy"),
+                     of(several, "copies", 2)])
+    floor = evaluate.judge(mnist().training[:IMAGES], mnist(), copied=mnist().test)
+    rows.append(["training images", "", "", "", *(f"{floor[key]:.3g}" for key in ("Fréchet", "precision", "recall")),
+                 covered(floor), f"{100 * floor['classes'].min():.1f}", f"{floor['entropy']:.3g}",
+                 f"{floor['copies']:.2g}"])
+    table(["script", "steps", "minutes", "Fréchet distance, seeds 0 1 2", "mean ± deviation", "precision", "recall",
+           "classes covered", "rarest class, %", "entropy", "copies"], *rows)
+
+
+def claim_7():
+    """WGAN-GP against WGAN, by steps and by time"""
+    figure, (left, right) = plot(2)
+    rows = []
+    for name, colour in (("wgan", "#c0392b"), ("wgan_gp", "#1f4e79")):
+        steps = range(JOBS[name].every, JOBS[name].steps + 1, JOBS[name].every)
+        for seed in JOBS[name].seeds:
+            points = [judged(name, seed, step) for step in steps]
+            distances, minutes = ([each[key] for each in points] for key in ("Fréchet", "seconds"))
+            minutes = [each / 60 for each in minutes]
+            for axes, where in ((left, list(steps)), (right, minutes)):
+                axes.plot(where, distances, "o-", markersize=3, color=colour,
+                          label=f"{name}.py" if seed == 0 else None)
+            rows.append([f"{name}.py, seed {seed}", *(f"{distances[list(steps).index(step)]:.1f}"
+                         for step in (500, 1000, 2000, 4000)), f"{1000 * points[-1]['seconds'] / steps[-1]:.0f}"])
+    table(["run", *(f"after {step:,} steps" for step in (500, 1000, 2000, 4000)), "ms per step"], *rows)
+    for axes, what in ((left, "generator updates"), (right, "minutes, one thread")):
+        axes.set(xlabel=what, ylabel="Fréchet distance", yscale="log")
+        axes.legend()
+    save(figure, 7)
+
+
+def claim_8():
+    """EBGAN: the pulling-away term, the margin, pretraining"""
+    compared(["ebgan", "ebgan-without-pt", "ebgan-margin-1", "ebgan-margin-30", "ebgan-pretrain"])
+
+
+def claim_9():
+    """ProGAN: without one ingredient at a time (seed 0), by images shown"""
+    rows = []
+    for name in ("progan", *(each for each in JOBS if each.startswith("progan-"))):
+        for average in (True, False) if name == "progan" else (True,):
+            points = [judged(name, 0, step, average) for step in (7500, 8750)]
+            rows.append([name if average else "progan, without the moving average",
+                         *(f"{each['Fréchet']:.1f}" for each in points),
+                         *(f"{points[-1][key]:.3g}" for key in ("precision", "recall")),
+                         f"{points[-1]['seconds'] / 60:.0f}"])
+    table(["run", "Fréchet distance after 120,000 images", "140,000", "precision", "recall", "minutes"], *rows)
+
+
+def claim_10():
+    """WGAN: RMSProp against Adam without and with momentum, for the critic"""
+    compared(["wgan", "wgan-adam-0", "wgan-adam-0.9"], 3000)
+
+
+def claim_11():
+    """WGAN: critic updates per generator update, after as many generator updates"""
+    compared(["wgan-n_critic-1", "wgan", "wgan-n_critic-20"], 1500)
+    compared(["wgan-n_critic-1"], 6000)
+
+
+def claim_12():
+    """WGAN-GP: the two-sided against the one-sided penalty"""
+    compared(["wgan_gp", "wgan_gp-one-sided"], 2000)
+
+
+def main(words):
+    torch.set_num_threads(1)
+    if words[:1] == ["train"]:
+        return train_all(words[1:] or JOBS)
+    for number in map(int, words or range(1, 13)):
+        claim = globals()[f"claim_{number}"]
+        print(f"\n{number}. {claim.__doc__}\n")
+        claim()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
