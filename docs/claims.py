@@ -2,7 +2,12 @@
 
     python docs/claims.py train [NAME...]   the runs that the claims need: two at a time, with one thread each
     python docs/claims.py 1 2 ... 12        the figures of a claim, and its plot in docs/; without numbers: of all
+    python docs/claims.py pictures          samples of the five scripts, docs/samples-SCRIPT.png
+
+The runs take about @@ hours on two cores; stopped, they go on where they were. One thread each makes their figures
+the same on every machine of a kind, all but the minutes. The plots need matplotlib.
 """
+import functools
 import importlib.util
 import math
 import os
@@ -13,19 +18,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 import common  # noqa: E402
 import evaluate  # noqa: E402
 import wgan_gp  # noqa: E402
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 RUNS = PROJECT / "runs" / "claims"
 SMALL = "--size 32 --fmap-max 32 --kimg 20 --ema 0.995"        # the README's line for a small machine
@@ -52,11 +55,16 @@ JOBS = {
     "lsgan": Run("lsgan", 9000, 1000),
     "ebgan": Run("ebgan", 6000, 1000),
     "progan": Run("progan", 8750, 1250, SMALL),
+    # 7
+    "wgan_gp-rmsprop": Run("wgan_gp", 2000, 500, seeds=(0,), edits={
+        f"    opt_{name} = torch.optim.Adam({weights}, lr, (beta1, beta2), fused=True, capturable=record)":
+        f"    opt_{name} = torch.optim.RMSprop({weights}, 5e-5, capturable=record)"
+        for name, weights in (("G", "theta"), ("D", "w"))}),
     # 8
     "ebgan-without-pt": Run("ebgan", 6000, 1000, "--pt 0"),
     "ebgan-margin-1": Run("ebgan", 6000, 1000, "--margin 1", (0,)),
     "ebgan-margin-30": Run("ebgan", 6000, 1000, "--margin 30", (0,)),
-    "ebgan-pretrain": Run("ebgan", 6000, 1000, "--pretrain 500", (0,)),
+    "ebgan-pretrain": Run("ebgan", 6500, 500, "--pretrain 500", (0,)),
     # 9
     "progan-without-growing": Run("progan", 8750, 1250, SMALL, (0,), {
         "    return 4 << (phase + 1) // 2, shown / length if phase % 2 == 1 else 1.0": "    return size, 1.0"}),
@@ -64,7 +72,7 @@ JOBS = {
         "    std = (x.var(0, correction=0) + 1e-8).sqrt().mean()": "    std = x.new_zeros(())"}),
     "progan-without-pixel-norm": Run("progan", 8750, 1250, SMALL, (0,), {
         "    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)": "    return x"}),
-    "progan-without-equalised-lr": Run("progan", 8750, 1250, SMALL, (0,), {
+    "progan-without-equalised-lr": Run("progan", 8750, 1250, SMALL + " --lr 0.0001", (0,), {     # the authors' lr
         "        self.weight = nn.Parameter(torch.randn(n_out, n_in, kernel, kernel))":
         "        self.weight = nn.Parameter(torch.randn(n_out, n_in, kernel, kernel)\n"
         "                                   * gain / (n_in * kernel ** 2) ** 0.5)",
@@ -111,6 +119,9 @@ def train(name, seed):
         if not kept.exists():
             subprocess.run([*command, "--steps", str(step)], check=True, stdout=subprocess.DEVNULL,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+            done = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+            if done != step:
+                raise ValueError(f"{out} is at step {done}, beyond {step}: remove it")
             with common.replacing(kept) as copy, open(out / "checkpoint.pt", "rb") as checkpoint:
                 shutil.copyfileobj(checkpoint, copy)
     print(f"{name} {seed}: {job.steps} steps are done", flush=True)
@@ -135,6 +146,7 @@ def opened(name, seed, step=None):
     return script, RUNS / name / str(seed) / "steps" / f"{step or JOBS[name].steps:06d}"
 
 
+@functools.cache
 def judged(name, seed, step=None, average=True):
     """tests/evaluate.py's figures; average=False: ProGAN's G itself, not its moving average"""
     script, run = opened(name, seed, step)
@@ -145,11 +157,10 @@ def judged(name, seed, step=None, average=True):
     return figures | {"seconds": saved["seconds"], "log": saved["log"]}
 
 
-def mnist(cache=[]):
+@functools.cache
+def mnist():
     """What all are compared with"""
-    if not cache:
-        cache.append(evaluate.reference("mnist"))
-    return cache[0]
+    return evaluate.reference("mnist")
 
 
 def table(head, *rows):
@@ -169,24 +180,26 @@ def covered(figures):
     return int((figures["classes"] >= 0.01).sum())
 
 
-def compared(names, step=None, label=str):
-    """A table of jobs, all seeds, after so many steps"""
+def compared(*jobs):
+    """A table of (name, steps), over all seeds"""
     rows = []
-    for name in names:
+    for name, step in jobs:
         several = [judged(name, seed, step) for seed in JOBS[name].seeds]
-        classes = " ".join(str(covered(each)) for each in several)
-        rows.append([label(name), len(several), *(of(several, key) for key in ("Fréchet", "precision", "recall")),
-                     classes, of(several, "entropy")])
-    table(["run", "seeds", "Fréchet distance", "precision", "recall", "classes covered", "entropy"], *rows)
+        rows.append([name, f"{step:,}", len(several), " ".join(f"{each['Fréchet']:.1f}" for each in several),
+                     *(of(several, key) for key in ("Fréchet", "precision", "recall", "entropy")),
+                     " ".join(f"{each['seconds'] / 60:.0f}" for each in several)])
+    table(["run", "steps", "seeds", "Fréchet distance", "mean", "precision", "recall", "entropy", "minutes"], *rows)
 
 
 def plot(columns=1, width=8):
-    return plt.subplots(1, columns, figsize=(width, 3.2), dpi=90, layout="constrained")
+    import matplotlib                                       # only here: training and judging need none
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot.subplots(1, columns, figsize=(width, 3.2), dpi=90, layout="constrained")
 
 
 def save(figure, number):
     figure.savefig(PROJECT / "docs" / f"claim-{number}.png")
-    plt.close(figure)
 
 
 def rank_correlation(a, b):
@@ -241,7 +254,8 @@ def claim_1():
     theta, js, js_found, w, w_found = zip(*rows)
     left.plot((1e-9, *theta[1:]), (js[1], *js[1:]), "k-", label="exact")    # 0 at θ = 0 only
     right.plot(theta, w, "k-", label="exact")
-    for axes, found, what in ((left, js_found, "Jensen-Shannon divergence"), (right, w_found, "Wasserstein distance")):
+    for axes, found, what in ((left, js_found, "Jensen-Shannon divergence"),
+                              (right, w_found, "Wasserstein distance")):
         axes.plot(theta, found, "o", color="#c0392b", label="by a trained network")
         axes.set(xlabel="distance θ of the lines", title=what)
         axes.legend()
@@ -261,9 +275,9 @@ def claim_2():
         return torch.autograd.grad(function(at).sum(), at)[0].abs().flatten()
 
     def at_generated(slopes):
-        """Their mean over the generated distribution, N(2, 0.5²), as a share of the steepest place's"""
+        """Their mean over the generated distribution, N(2, 0.5²)"""
         density = (-2 * (x.flatten() - 2) ** 2).exp()
-        return ((slopes * density).sum() / density.sum() / slopes.max()).item()
+        return ((slopes * density).sum() / density.sum()).item()
 
     D, f = mlp(1), mlp(1)
     for_D, for_f = torch.optim.Adam(D.parameters(), 1e-3), torch.optim.RMSprop(f.parameters(), 5e-5, maximize=True)
@@ -281,12 +295,13 @@ def claim_2():
             for each in f.parameters():
                 each.clamp_(-0.01, 0.01)
         if step in (10, 100, 1000, 5000):
-            rows.append([step, f"{loss.item() / 2:.1e}", *(f"{at_generated(slopes):.2g}" for slopes in (
-                gradient(lambda at: F.logsigmoid(-D(at))), gradient(f)))])
+            slopes = (gradient(lambda at: F.logsigmoid(-D(at))), gradient(lambda at: F.logsigmoid(D(at))),
+                      gradient(f))
+            rows.append([step, f"{loss.item() / 2:.1e}", *(f"{mean:.2g} ({mean / most:.2g})"
+                         for mean, most in ((at_generated(each), each.max().item()) for each in slopes))])
     best = 16 * torch.sigmoid(-16 * x.flatten())            # ln(p_r/p_g) = -16 x: the best classifier's gradient
-    rows.append(["best classifier", "", f"{at_generated(best):.2g}", ""])
-    table(["updates", "loss of the classifier", "its log(1 − D): gradient where G's images are", "gradient of the critic"],
-          *rows)
+    rows.append(["best classifier", "0", f"{at_generated(best):.2g} ({at_generated(best) / 16:.2g})", "16 (1)", ""])
+    table(["updates", "loss of the classifier", "gradient of log(1 − D)", "of −log D", "of the critic"], *rows)
     figure, axes = plot()
     with torch.no_grad():
         score = f(x) - f(x).mean()
@@ -301,7 +316,7 @@ def claim_2():
 
 
 def claim_3():
-    """LSGAN, figure 1: the losses of G by D's output"""
+    """LSGAN, §3: the losses of G by D's output"""
     losses = {"log(1 − σ(s))": lambda s: F.logsigmoid(-s), "−log σ(s)": lambda s: -F.logsigmoid(s),
               "½ (s − 1)²": lambda s: (s - 1) ** 2 / 2}
     rows, places = [], (-8.0, -4.0, 0.0, 1.0, 4.0, 8.0)
@@ -322,31 +337,34 @@ def claim_3():
 
 
 def claim_4():
-    """WGAN, figure 3: the estimate against the Fréchet distance along a run"""
+    """WGAN, figure 3: the estimate against the Fréchet distance along a run; LSGAN's losses for comparison"""
     figure, both = plot(2)
     rows = []
-    for axes, name in zip(both, ("wgan", "wgan_gp")):
-        correlations = []
+    for name, column in (("wgan", "wasserstein"), ("wgan_gp", "wasserstein"), ("lsgan", "L_D"), ("lsgan", "L_G")):
+        every, ranks, powers = JOBS[name].every, [], []
+        steps = range(every, JOBS[name].steps + 1, every)
         for seed in JOBS[name].seeds:
-            steps = range(JOBS[name].every, JOBS[name].steps + 1, JOBS[name].every)
             points = [judged(name, seed, step) for step in steps]
             head, *log = points[-1]["log"]
-            column = head.index("wasserstein")
-            estimate = [sum(row[column] for row in log if step - JOBS[name].every < row[0] <= step)
-                        / sum(step - JOBS[name].every < row[0] <= step for row in log) for step in steps]
-            distance = [point["Fréchet"] for point in points]
-            correlations.append(rank_correlation(estimate, distance))
-            axes.plot(estimate, distance, "o-", markersize=4, label=f"seed {seed}")
-        axes.set(xscale="log", yscale="log", xlabel="Wasserstein estimate", ylabel="Fréchet distance",
-                 title=f"{name}.py, every {JOBS[name].every} steps")
-        axes.legend()
-        rows.append([f"{name}.py", len(steps), *(f"{each:.3f}" for each in correlations)])
-    table(["run", "places", *(f"rank correlation, seed {seed}" for seed in JOBS[name].seeds)], *rows)
+            losses = [torch.tensor([row[head.index(column)] for row in log if step - every < row[0] <= step]).mean()
+                      for step in steps]                    # the mean over the steps since the last place
+            distances = [point["Fréchet"] for point in points]
+            ranks.append(rank_correlation(losses, distances))
+            powers.append(torch.corrcoef(torch.tensor([losses, distances]).log())[0, 1].item())
+            if column == "wasserstein":
+                axes = both[name == "wgan_gp"]
+                axes.plot(losses, distances, "o-", markersize=4, label=f"seed {seed}")
+                axes.set(xscale="log", yscale="log", xlabel="Wasserstein estimate", ylabel="Fréchet distance",
+                         title=f"{name}.py, every {every} steps")
+                axes.legend()
+        rows.append([f"{name}.py, {column}", len(steps),
+                     *(" ".join(f"{each:.3f}" for each in several) for several in (ranks, powers))])
+    table(["loss", "places", "rank correlation, by seeds", "correlation of the logarithms"], *rows)
     save(figure, 4)
 
 
 def claim_5():
-    """WGAN-GP, figure 1 (b): the critic's weights; and its gradient norms at x_hat"""
+    """WGAN-GP, figure 1 (b): the critic's weights; §4: its gradient norms at x_hat"""
     figure, (left, middle, right) = plot(3, 10)
     images, rows = common.load_images("mnist"), []
     for axes, name in ((left, "wgan"), (middle, "wgan_gp")):
@@ -354,6 +372,7 @@ def claim_5():
         saved, G, random = script.read(run), script.load(run), torch.Generator().manual_seed(0)
         D = script.Critic()
         D.load_state_dict(saved["D"])
+        D.eval()        # WGAN's batch norm by its running statistics: else an image has an effect on all scores
         weights = torch.cat([part.weight.detach().flatten() for part in D if isinstance(part, nn.Conv2d)])
         norms = []
         for _ in range(32):
@@ -368,8 +387,8 @@ def claim_5():
                      f"{norms.std() / norms.mean():.2g}"])
         axes.hist(weights.numpy(), 101, color="#1f4e79")
         axes.set(title=f"{name}.py: weights of the critic", yticks=[])
-        right.hist((norms / norms.mean()).numpy(), 60, (0.5, 1.5), alpha=0.6, label=f"{name}.py")
-    right.set(title="‖∇D(x_hat)‖ / its mean", yticks=[])
+        right.hist(norms.log10().numpy(), 200, (-2.5, 0.5), alpha=0.6, label=f"{name}.py")
+    right.set(title="log₁₀ ‖∇D(x_hat)‖", yticks=[])
     right.legend()
     table(["critic", "weights: deviation", "largest", "at ±c (within 1 %)", "mean of ‖∇D(x_hat)‖",
            "deviation / mean"], *rows)
@@ -389,18 +408,18 @@ def claim_6():
                      " ".join(f"{100 * each['classes'].min():.1f}" for each in several), of(several, "entropy"),
                      of(several, "copies", 2)])
     floor = evaluate.judge(mnist().training[:IMAGES], mnist(), copied=mnist().test)
-    rows.append(["training images", "", "", "", *(f"{floor[key]:.3g}" for key in ("Fréchet", "precision", "recall")),
+    rows.append(["training images", *[""] * 3, *(f"{floor[key]:.3g}" for key in ("Fréchet", "precision", "recall")),
                  covered(floor), f"{100 * floor['classes'].min():.1f}", f"{floor['entropy']:.3g}",
                  f"{floor['copies']:.2g}"])
-    table(["script", "steps", "minutes", "Fréchet distance, seeds 0 1 2", "mean ± deviation", "precision", "recall",
-           "classes covered", "rarest class, %", "entropy", "copies"], *rows)
+    table(["script", "steps", "minutes", "Fréchet distance, seeds 0 1 2", "mean ± deviation", "precision",
+           "recall", "classes covered", "rarest class, %", "entropy", "copies"], *rows)
 
 
 def claim_7():
-    """WGAN-GP against WGAN, by steps and by time"""
+    """WGAN-GP against WGAN, by steps and by time; and with WGAN's optimizer"""
     figure, (left, right) = plot(2)
     rows = []
-    for name, colour in (("wgan", "#c0392b"), ("wgan_gp", "#1f4e79")):
+    for name, colour in (("wgan", "#c0392b"), ("wgan_gp", "#1f4e79"), ("wgan_gp-rmsprop", "#2e8b57")):
         steps = range(JOBS[name].every, JOBS[name].steps + 1, JOBS[name].every)
         for seed in JOBS[name].seeds:
             points = [judged(name, seed, step) for step in steps]
@@ -408,8 +427,9 @@ def claim_7():
             minutes = [each / 60 for each in minutes]
             for axes, where in ((left, list(steps)), (right, minutes)):
                 axes.plot(where, distances, "o-", markersize=3, color=colour,
-                          label=f"{name}.py" if seed == 0 else None)
-            rows.append([f"{name}.py, seed {seed}", *(f"{distances[list(steps).index(step)]:.1f}"
+                          label=name if seed == 0 else None)
+            found = dict(zip(steps, distances))
+            rows.append([f"{name}, seed {seed}", *(f"{found[step]:.1f}" if step in found else ""
                          for step in (500, 1000, 2000, 4000)), f"{1000 * points[-1]['seconds'] / steps[-1]:.0f}"])
     table(["run", *(f"after {step:,} steps" for step in (500, 1000, 2000, 4000)), "ms per step"], *rows)
     for axes, what in ((left, "generator updates"), (right, "minutes, one thread")):
@@ -420,7 +440,8 @@ def claim_7():
 
 def claim_8():
     """EBGAN: the pulling-away term, the margin, pretraining"""
-    compared(["ebgan", "ebgan-without-pt", "ebgan-margin-1", "ebgan-margin-30", "ebgan-pretrain"])
+    compared(("ebgan", 6000), ("ebgan-without-pt", 6000), ("ebgan-margin-1", 6000), ("ebgan-margin-30", 6000),
+             ("ebgan-pretrain", 6500))                      # 6,000 updates of G in all of them
 
 
 def claim_9():
@@ -438,24 +459,34 @@ def claim_9():
 
 def claim_10():
     """WGAN: RMSProp against Adam without and with momentum, for the critic"""
-    compared(["wgan", "wgan-adam-0", "wgan-adam-0.9"], 3000)
+    compared(("wgan", 3000), ("wgan-adam-0", 3000), ("wgan-adam-0.9", 3000))
 
 
 def claim_11():
-    """WGAN: critic updates per generator update, after as many generator updates"""
-    compared(["wgan-n_critic-1", "wgan", "wgan-n_critic-20"], 1500)
-    compared(["wgan-n_critic-1"], 6000)
+    """WGAN: critic updates per generator update: after 1,500 generator updates; and 1 after more of them"""
+    compared(("wgan-n_critic-1", 1500), ("wgan", 1500), ("wgan-n_critic-20", 1500), ("wgan-n_critic-1", 6000))
 
 
 def claim_12():
     """WGAN-GP: the two-sided against the one-sided penalty"""
-    compared(["wgan_gp", "wgan_gp-one-sided"], 2000)
+    compared(("wgan_gp", 2000), ("wgan_gp-one-sided", 2000))
+
+
+def pictures():
+    """The first 48 images of seed 0 of every script, in two rows"""
+    for name in evaluate.SCRIPTS:
+        script, run = opened(name, 0)
+        images = evaluate.sample(script.load(run), script.read(run)["config"]["nz"], 48)
+        grid = make_grid(evaluate.as_the_data_set(images), nrow=24, padding=0)
+        to_pil_image(grid[:1]).save(PROJECT / "docs" / f"samples-{name}.png")
 
 
 def main(words):
     torch.set_num_threads(1)
     if words[:1] == ["train"]:
         return train_all(words[1:] or JOBS)
+    if words == ["pictures"]:
+        return pictures()
     for number in map(int, words or range(1, 13)):
         claim = globals()[f"claim_{number}"]
         print(f"\n{number}. {claim.__doc__}\n")

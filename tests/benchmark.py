@@ -1,4 +1,4 @@
-"""How fast, and how much memory: python tests/benchmark.py [scripts] [usual] [matrix] [memory] [growing] [large] [cuda]
+"""How fast, and how much memory: python tests/benchmark.py [NAME...]
 
 Without a name, all of them:
 
@@ -127,8 +127,9 @@ def usual(rounds=5):
 
 def usual_step(name):
     """Does a step of a script at a time, with its own networks and numbers, as such scripts are commonly written: a
-    DataLoader that transforms image by image, optimizers that are not fused, gradients for both networks at every
-    backward; with a gradient penalty also the generated images' graph in D's step and separate passes"""
+    DataLoader that transforms image by image, torch's default optimizers (not fused) and memory format, gradients for
+    both networks at every backward; with a gradient penalty also the graph of the generated images in D's step and
+    a pass of its own for each score; in EBGAN the generated images encoded twice"""
     script, m = importlib.import_module(name), 16 if name == "progan" else 64
     steps_per_image = [transforms.Pad(2), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
     mnist = datasets.MNIST(common.ROOT, transform=transforms.Compose(steps_per_image))
@@ -186,9 +187,10 @@ def usual_step(name):
                 average.data.mul_(0.999).add_(now.data, alpha=0.001)
 
 
-def seconds_of(usual, steps):
-    """Seconds per step, after one"""
-    next(usual), next(usual)
+def seconds_of(usual, warm, steps):
+    """Seconds per step, after warm steps"""
+    for _ in range(warm + 1):
+        next(usual)
     began = time.perf_counter()
     for _ in range(steps):
         next(usual)
@@ -214,9 +216,10 @@ def flops_of(script, settings):
 
 
 def peak_of(name, settings, steps=200):
-    """MiB at the end and at their peak, of a process that trains digit 7"""
+    """MiB at the end and at the peak, of a process that trains all ten digits"""
     job = (f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import benchmark, {name}; "
-           f"{name}.train(digit=7, steps={steps}, out='run', device='cpu', **{settings}); print(*benchmark.resident())")
+           f"{name}.train(steps={steps}, out='run', device='cpu', **{settings}); "
+           f"print(*benchmark.resident())")
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, "-c", job], cwd=folder, capture_output=True, text=True, check=True)
     return [float(word) for word in done.stdout.split()[-2:]]
@@ -240,7 +243,7 @@ def scripts(rounds=5, steps=20):
         for _ in range(rounds):
             rate = matrix_rate()
             ours = train(20, steps, script, device="cpu", **settings)
-            pairs.append((ours, seconds_of(usual_step(name), steps)))
+            pairs.append((ours, seconds_of(usual_step(name), 20, steps)))
             shares.append(flops / ours / ((rate + matrix_rate()) / 2))
         ours, theirs = (median(each) for each in zip(*pairs))
         ratios = [theirs / ours for ours, theirs in pairs]
@@ -250,8 +253,8 @@ def scripts(rounds=5, steps=20):
         rows.append([f"{name}.py", f"{1000 * ours:.0f}", f"{images / ours:,.0f}", f"{median(ratios):.2f}",
                      f"{flops / 1e9:.2f}", f"{median(shares):.0%}", f"{peak_of(name, settings)[1]:.0f}",
                      *on_cuda(script, settings)])
-    print("| script | ms per step | images per second | times the usual way | GFLOP per step | of the matrix rate | "
-          "peak MiB | CUDA: ms per step | recorded |\n" + "|---" * 9 + "|")
+    print("| script | ms per step | images per second | times the usual way | GFLOP per step | of the matrix rate "
+          "| peak MiB | CUDA: ms per step | recorded |\n" + "|---" * 9 + "|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
 
@@ -437,8 +440,10 @@ def processor():
 
 
 if __name__ == "__main__":
-    print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
-          f"torch {torch.__version__}, " + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA"))
-    modes = dict(scripts=scripts, usual=usual, matrix=matrix, memory=memory, growing=growing, large=large, cuda=cuda)
+    modes = dict(scripts=scripts, usual=usual, matrix=matrix, memory=memory, growing=growing, large=large,
+                 cuda=cuda)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA"
+    print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+          f"Python {platform.python_version()}, torch {torch.__version__}, {gpu}")
     for name in sys.argv[1:] or modes:
         modes[name]()

@@ -4,21 +4,22 @@
     python tests/evaluate.py --dataset mnist --digit 7 path/to/pngs
     python tests/evaluate.py --dataset path/to/photos runs/progan-photos
 
-A run's data set and class are those it was trained with. All are judged alike, by 5,000 images (a folder: by all that
-it has) against the test images, in the 128 features of a small classifier, which is trained once, in a few minutes,
-and kept beside the data sets:
+A run's data set and class are those it was trained with. All are judged alike, by 5,000 images (a folder: by all
+that it has) against the test images, in the 128 features of a small classifier, which is trained once, in a few
+minutes, and kept beside the data sets:
 
     Fréchet     distance of the two Gaussians with the features' means and covariances (Heusel et al. 2017)
-    precision   share of generated images that lie among real ones: nearer to one of them than its 3rd nearest is
+    precision   share of generated images that lie among real ones: not farther from one of them than its 3rd nearest
+                real one is; of 2,000 images of each
     recall      share of real images that lie among generated ones (both: Kynkäänniemi et al. 2019)
     entropy     of the classes that the classifier sees, in bits; ten equally frequent ones have 3.32
-    copies      share of generated images whose nearest training image is less than half as far as that image's own
-                nearest neighbour in the training set, pixel by pixel
+    copies      share of generated images (of 1,000) whose nearest training image is less than half as far as that
+                image's own nearest neighbour in the training set, pixel by pixel
     classes     how frequent each class is, in percent
 
-The line "training images" is the floor: what as many training images get, and as copies, what the test images get.
-Runs that differ only in --seed are one line more, mean ± standard deviation. Figures compare only for one classifier
-(another machine, or another version of this file, trains another one) and one number of images.
+The line "training images" is the floor: what as many training images get, and as copies, what test images get.
+Runs that differ only in --seed are one line more, mean ± standard deviation. Figures compare only for one number of
+images and one classifier: another machine, or another version of this file, trains another one.
 """
 import argparse
 import contextlib
@@ -156,28 +157,31 @@ def reference(dataset, digit=None, root=None):
     (training, labels), (test, answers) = ((torch.as_tensor(part.data)[:, None], torch.as_tensor(part.targets))
                                            for part in (kind(str(root), train=each) for each in (True, False)))
     classifier = kept(root / f"classifier-{dataset}.pt", training, labels)
-    accuracy = (classes_of(classifier, test) == answers).double().mean().item()
+    features = features_of(classifier, test)
+    accuracy = (classifier.scores(features).argmax(1) == answers).double().mean().item()
     if digit is not None:
-        training, test = training[labels == digit], test[answers == digit]
-    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
-    return Reference(classifier, training[order], test, features_of(classifier, test), accuracy)
+        training, test, features = training[labels == digit], test[answers == digit], features[answers == digit]
+    order = shuffled(len(test))                                 # of MNIST's, the first half is the easier one
+    return Reference(classifier, training[shuffled(len(training))], test[order], features[order], accuracy)
+
+
+def shuffled(n):
+    """0, ..., n - 1, always in the same disorder"""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
 
 
 def features_of(classifier, images):
+    """uint8 (n, 1, 28, 28) -> (n, 128)"""
     return torch.cat([classifier.features(part / 255) for part in images.split(500)])
-
-
-def classes_of(classifier, images):
-    return torch.cat([classifier(part).argmax(1) for part in images.split(500)])
 
 
 def judge(images, to, copied=None):
     """The figures of uint8 images (n, C, s, s) against a Reference -> dict of floats, and "classes", (10,).
     copied: the images to count copies among, if they are others"""
-    images = as_the_data_set(images)
+    images = as_the_data_set(images)[shuffled(len(images))]     # a folder's may be sorted by class
     features = features_of(to.classifier, images)
     precision, recall = precision_recall(to.features, features)
-    counts = torch.bincount(classes_of(to.classifier, images), minlength=10)
+    counts = torch.bincount(to.classifier.scores(features).argmax(1), minlength=10)
     return {"Fréchet": frechet(to.features, features), "precision": precision, "recall": recall,
             "entropy": entropy(counts), "copies": copies(images if copied is None else copied, to.training),
             "classes": counts / counts.sum()}
@@ -258,31 +262,31 @@ def compare(args):
         else:
             grey = common.DATASETS.get(dataset, (None, 3))[1]
             images, name = common.load_images(str(run), size=side_of(run) or 28, channels=grey), run
-        if Path(dataset).is_dir():
+        if dataset not in common.DATASETS:
             distances = swd(common.load_images(dataset, size=images.shape[-1], channels=images.shape[1]), images)
             levels = ", ".join(f"{level}x{level}: {1000 * each:.2f}" for level, each in distances.items())
             print(f"{name}: sliced Wasserstein distance x 1000, {levels}, "
                   f"average: {1000 * sum(distances.values()) / len(distances):.2f}", flush=True)
             continue
-        if last != (dataset, digit):
-            last, to = (dataset, digit), reference(dataset, digit, args.root)
+        if last != (dataset, digit, len(images)):
+            last, to = (dataset, digit, len(images)), reference(dataset, digit, args.root)
+            floor = to.training[:len(images)]
             what = dataset if digit is None else f"{dataset}, class {digit}"
-            print(f"{what}: {args.images:,} images against {len(to.test):,} test images; "
+            print(f"{what}: {len(images):,} images against {len(to.test):,} test images; "
                   f"the classifier is right on {to.accuracy:.1%}\n"
                   f"{'':<36} {'Fréchet':>8} {'precision':>10} {'recall':>7} {'entropy':>8} {'copies':>7}   "
                   f"classes 0 to 9 in percent")
-            print(shown("training images", judge(to.training[:args.images], to, copied=to.test)), flush=True)
+            print(shown(f"{len(floor):,} training images", judge(floor, to, copied=to.test)), flush=True)
         figures = judge(images, to)
         print(shown(str(name), figures), flush=True)
         if saved:
             same = {key: value for key, value in config.items()
                     if key not in ("seed", "out", "root", "device", "save_every", "steps")}
-            groups.setdefault((tuple(sorted(same.items(), key=str)), saved["step"]), []).append(figures)
-    for (settings, step), several in groups.items():
-        if len(several) > 1:
-            figures = ", ".join(f"{key} {spread([each[key] for each in several])}"
-                                for key in several[0] if key != "classes")
-            print(f"{dict(settings)['script']}, {step:,} steps, {len(several)} seeds: {figures}")
+            groups.setdefault((tuple(sorted(same.items(), key=str)), saved["step"]), []).append((run, figures))
+    for runs, several in (zip(*group) for group in groups.values() if len(group) > 1):
+        figures = ", ".join(f"{key} {spread([each[key] for each in several])}"
+                            for key in several[0] if key != "classes")
+        print(f"{' '.join(map(str, runs))}: {len(runs)} seeds: {figures}")
 
 
 if __name__ == "__main__":

@@ -150,12 +150,21 @@ def test_the_classifier_is_kept_and_made_anew_when_it_must_be(tmp_path, monkeypa
 def test_a_digits_reference_has_that_digit_only(root):
     to = evaluate.reference("mnist", 7, root)
     data = common.DATASETS["mnist"][0](str(common.ROOT), train=False)
-    assert torch.equal(to.test, data.data[data.targets == 7][:, None]) and len(to.training) == 6265
+    expected = data.data[data.targets == 7][:, None]
+    assert len(to.test) == len(expected) == 1028 and len(to.training) == 6265
+    assert torch.equal(to.test.double().mean(0), expected.double().mean(0)) and not torch.equal(to.test, expected)
+    assert torch.allclose(to.features, evaluate.features_of(to.classifier, to.test), atol=1e-4)
     assert to.accuracy > 0.8 and to.features.shape == (1028, 128)
     figures = evaluate.judge(to.training[:300], to, copied=to.test)
     assert figures["classes"].argmax() == 7 and figures["classes"].sum() == pytest.approx(1)
     assert figures["copies"] < 0.05 and figures["precision"] > 0.6 and figures["entropy"] < 1
     assert evaluate.judge(to.training[:300], to)["copies"] > 0.99
+    ordered = to.training[:300][evaluate.features_of(to.classifier, to.training[:300]).sum(1).argsort()]
+    with pytest.MonkeyPatch.context() as patch:             # a part of the images is a random part
+        patch.setattr(evaluate.precision_recall, "__defaults__", (3, 100))
+        by_chance, in_order = (evaluate.judge(each, to) for each in (to.training[:300], ordered))
+    assert abs(by_chance["precision"] - in_order["precision"]) < 0.1
+    assert abs(by_chance["recall"] - in_order["recall"]) < 0.12
     noise = torch.randint(256, (300, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     worse = evaluate.judge(noise, to)
     assert worse["Fréchet"] > 10 * figures["Fréchet"] and worse["recall"] == worse["copies"] == 0
@@ -197,11 +206,11 @@ def test_command_line(root, capsys):
     made, what, head, *lines = capsys.readouterr().out.splitlines()
     assert "against 1,028 test images" in what and "class 7" in what and head.split()[0] == "Fréchet"
     floor, first, second, same, both = lines
-    cells = [[float(cell) for cell in re.sub(r"^(run\S+|training)( images| \(2 steps\))?", "", line).split()]
+    cells = [[float(cell) for cell in re.sub(r"^(run\S+|40 training images)( \(2 steps\))?", "", line).split()]
              for line in (floor, first, second, same)]
     assert all(len(line) == 15 for line in cells) and cells[0][0] < cells[1][0] != cells[2][0]
     assert cells[1] == cells[3]                             # a run, and the pictures that it generates
-    mean, deviation = re.match(r"wgan, 2 steps, 2 seeds: Fréchet ([\d.]+) ± ([\d.]+), precision ", both).groups()
+    mean, deviation = re.match(r"run-0 run-1: 2 seeds: Fréchet ([\d.]+) ± ([\d.]+), precision ", both).groups()
     assert float(mean) == pytest.approx((cells[1][0] + cells[2][0]) / 2, rel=0.01)
     assert float(deviation) == pytest.approx(abs(cells[1][0] - cells[2][0]) / 2 ** 0.5, rel=0.05, abs=0.01)
 
