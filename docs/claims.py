@@ -387,7 +387,7 @@ def claim_5():
                      f"{norms.std() / norms.mean():.2g}"])
         axes.hist(weights.numpy(), 101, color="#1f4e79")
         axes.set(title=f"{name}.py: weights of the critic", yticks=[])
-        right.hist(norms.log10().numpy(), 200, (-2.5, 0.5), alpha=0.6, label=f"{name}.py")
+        right.hist(norms.log10().numpy(), 200, range=(-2.5, 0.5), alpha=0.6, label=f"{name}.py")
     right.set(title="log₁₀ ‖∇D(x_hat)‖", yticks=[])
     right.legend()
     table(["critic", "weights: deviation", "largest", "at ±c (within 1 %)", "mean of ‖∇D(x_hat)‖",

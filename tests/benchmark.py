@@ -127,9 +127,9 @@ def usual(rounds=5):
 
 def usual_step(name):
     """Does a step of a script at a time, with its own networks and numbers, as such scripts are commonly written: a
-    DataLoader that transforms image by image, torch's default optimizers (not fused) and memory format, gradients for
-    both networks at every backward; with a gradient penalty also the graph of the generated images in D's step and
-    a pass of its own for each score; in EBGAN the generated images encoded twice"""
+    DataLoader that transforms image by image, torch's default optimizers (not fused) and memory format, gradients
+    for both networks at every backward; with a gradient penalty also the graph of the generated images in D's step
+    and a pass of its own for each score; in EBGAN the generated images encoded twice"""
     script, m = importlib.import_module(name), 16 if name == "progan" else 64
     steps_per_image = [transforms.Pad(2), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
     mnist = datasets.MNIST(common.ROOT, transform=transforms.Compose(steps_per_image))

@@ -9,8 +9,8 @@ that it has) against the test images, in the 128 features of a small classifier,
 minutes, and kept beside the data sets:
 
     Fréchet     distance of the two Gaussians with the features' means and covariances (Heusel et al. 2017)
-    precision   share of generated images that lie among real ones: not farther from one of them than its 3rd nearest
-                real one is; of 2,000 images of each
+    precision   share of generated images that lie among real ones: not farther from one of them than its third
+                nearest real one is; of 2,000 images of each
     recall      share of real images that lie among generated ones (both: Kynkäänniemi et al. 2019)
     entropy     of the classes that the classifier sees, in bits; ten equally frequent ones have 3.32
     copies      share of generated images (of 1,000) whose nearest training image is less than half as far as that
@@ -226,7 +226,7 @@ def shown(name, figures):
 def spread(values):
     """Mean ± standard deviation"""
     values = torch.tensor(values, dtype=torch.float64)
-    return f"{values.mean():.3g} ± {values.std():.2g}"
+    return " ± ".join(f"{each:.3g}" if each < 1000 else f"{each:.0f}" for each in (values.mean(), values.std()))
 
 
 def main(argv=None):
