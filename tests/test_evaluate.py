@@ -186,7 +186,7 @@ def test_images_become_what_the_classifier_knows():
 
 def trained(script, out, **settings):
     """A run of two steps whose images differ from each other"""
-    script.train(**TINY | SMALL[script.__name__] | dict(size=32, steps=2, out=out) | settings)
+    script.train(**TINY | SMALL[script.__name__] | dict(size=32, nz=5, steps=2, out=out) | settings)
     saved = torch.load(f"{out}/checkpoint.pt", weights_only=True)
     name, factor = ("G_ema", 5) if "G_ema" in saved else ("G", 20)
     for weight in saved[name].values():
