@@ -4,7 +4,7 @@
     python docs/claims.py 1 2 ... 12        the figures of a claim, and its plot in docs/; without numbers: of all
     python docs/claims.py pictures          samples of the five scripts, docs/samples-SCRIPT.png
 
-The runs take about @@ hours on two cores; stopped, they go on where they were. One thread each makes their figures
+The runs take about five hours on two cores; stopped, they go on where they were. One thread each makes their figures
 the same on every machine of a kind, all but the minutes. The plots need matplotlib.
 """
 import functools
@@ -146,15 +146,30 @@ def opened(name, seed, step=None):
     return script, RUNS / name / str(seed) / "steps" / f"{step or JOBS[name].steps:06d}"
 
 
-@functools.cache
-def judged(name, seed, step=None, average=True):
-    """tests/evaluate.py's figures; average=False: ProGAN's G itself, not its moving average"""
+def sampled(name, seed, step=None, average=True):
+    """Images of a kept checkpoint, and the checkpoint; average=False: of ProGAN's G itself, not its moving average"""
     script, run = opened(name, seed, step)
-    saved, G = script.read(run), script.load(run)
+    saved = script.read(run)
+    if saved is None:
+        raise ValueError(f"{run} is not there: python docs/claims.py train {name}")
+    G = script.load(run)
     if not average:
         G.load_state_dict(saved["G"])
-    figures = evaluate.judge(evaluate.sample(G, saved["config"]["nz"], IMAGES), mnist())
-    return figures | {"seconds": saved["seconds"], "log": saved["log"]}
+    return evaluate.sample(G, saved["config"]["nz"], IMAGES), saved
+
+
+def judged(*run):
+    """tests/evaluate.py's figures of sampled(*run), and the seconds of its training"""
+    images, saved = sampled(*run)
+    return evaluate.judge(images, mnist()) | {"seconds": saved["seconds"]}
+
+
+@functools.cache
+def distance(*run):
+    """The Fréchet distance alone, for curves -> it, and the checkpoint"""
+    images, saved = sampled(*run)
+    features = evaluate.features_of(mnist().classifier, evaluate.as_the_data_set(images))
+    return evaluate.frechet(mnist().features, features), saved
 
 
 @functools.cache
@@ -196,6 +211,15 @@ def plot(columns=1, width=8):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     return pyplot.subplots(1, columns, figsize=(width, 3.2), dpi=90, layout="constrained")
+
+
+def logarithmic(*axes):
+    """Readable ticks at 1, 2, 5, 10, 20, ..."""
+    from matplotlib import ticker
+    for axis in axes:
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(ticker.NullLocator())
 
 
 def save(figure, number):
@@ -344,18 +368,18 @@ def claim_4():
         every, ranks, powers = JOBS[name].every, [], []
         steps = range(every, JOBS[name].steps + 1, every)
         for seed in JOBS[name].seeds:
-            points = [judged(name, seed, step) for step in steps]
-            head, *log = points[-1]["log"]
+            distances, checkpoints = zip(*(distance(name, seed, step) for step in steps))
+            head, *log = checkpoints[-1]["log"]
             losses = [torch.tensor([row[head.index(column)] for row in log if step - every < row[0] <= step]).mean()
                       for step in steps]                    # the mean over the steps since the last place
-            distances = [point["Fréchet"] for point in points]
             ranks.append(rank_correlation(losses, distances))
             powers.append(torch.corrcoef(torch.tensor([losses, distances]).log())[0, 1].item())
             if column == "wasserstein":
-                axes = both[name == "wgan_gp"]
+                axes = both[("wgan", "wgan_gp").index(name)]
                 axes.plot(losses, distances, "o-", markersize=4, label=f"seed {seed}")
                 axes.set(xscale="log", yscale="log", xlabel="Wasserstein estimate", ylabel="Fréchet distance",
                          title=f"{name}.py, every {every} steps")
+                logarithmic(axes.xaxis, axes.yaxis)
                 axes.legend()
         rows.append([f"{name}.py, {column}", len(steps),
                      *(" ".join(f"{each:.3f}" for each in several) for several in (ranks, powers))])
@@ -422,18 +446,18 @@ def claim_7():
     for name, colour in (("wgan", "#c0392b"), ("wgan_gp", "#1f4e79"), ("wgan_gp-rmsprop", "#2e8b57")):
         steps = range(JOBS[name].every, JOBS[name].steps + 1, JOBS[name].every)
         for seed in JOBS[name].seeds:
-            points = [judged(name, seed, step) for step in steps]
-            distances, minutes = ([each[key] for each in points] for key in ("Fréchet", "seconds"))
-            minutes = [each / 60 for each in minutes]
+            distances, checkpoints = zip(*(distance(name, seed, step) for step in steps))
+            minutes = [each["seconds"] / 60 for each in checkpoints]
             for axes, where in ((left, list(steps)), (right, minutes)):
                 axes.plot(where, distances, "o-", markersize=3, color=colour,
                           label=name if seed == 0 else None)
             found = dict(zip(steps, distances))
             rows.append([f"{name}, seed {seed}", *(f"{found[step]:.1f}" if step in found else ""
-                         for step in (500, 1000, 2000, 4000)), f"{1000 * points[-1]['seconds'] / steps[-1]:.0f}"])
+                         for step in (500, 1000, 2000, 4000)), f"{60000 * minutes[-1] / steps[-1]:.0f}"])
     table(["run", *(f"after {step:,} steps" for step in (500, 1000, 2000, 4000)), "ms per step"], *rows)
     for axes, what in ((left, "generator updates"), (right, "minutes, one thread")):
         axes.set(xlabel=what, ylabel="Fréchet distance", yscale="log")
+        logarithmic(axes.yaxis)
         axes.legend()
     save(figure, 7)
 
@@ -484,14 +508,21 @@ def pictures():
 def main(words):
     torch.set_num_threads(1)
     if words[:1] == ["train"]:
+        if set(words[1:]) - JOBS.keys():
+            raise ValueError(f"the runs are {', '.join(JOBS)}, not {' '.join(words[1:])}")
         return train_all(words[1:] or JOBS)
     if words == ["pictures"]:
         return pictures()
-    for number in map(int, words or range(1, 13)):
+    if not set(words) <= set(map(str, range(1, 13))):
+        raise ValueError(f"train, pictures, or numbers of claims, 1 to 12, not {' '.join(words)}")
+    for number in words or range(1, 13):
         claim = globals()[f"claim_{number}"]
         print(f"\n{number}. {claim.__doc__}\n")
         claim()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"claims.py: {error}")

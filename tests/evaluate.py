@@ -226,7 +226,8 @@ def shown(name, figures):
 def spread(values):
     """Mean ± standard deviation"""
     values = torch.tensor(values, dtype=torch.float64)
-    return " ± ".join(f"{each:.3g}" if each < 1000 else f"{each:.0f}" for each in (values.mean(), values.std()))
+    return " ± ".join(f"{each:.{digits}g}" if each < 10 ** digits else f"{each:.0f}"
+                      for each, digits in ((values.mean(), 3), (values.std(), 2)))
 
 
 def main(argv=None):
