@@ -158,6 +158,7 @@ def sampled(name, seed, step=None, average=True):
     return evaluate.sample(G, saved["config"]["nz"], IMAGES), saved
 
 
+@functools.cache
 def judged(*run):
     """tests/evaluate.py's figures of sampled(*run), and the seconds of its training"""
     images, saved = sampled(*run)

@@ -81,43 +81,13 @@ def train(warm, steps, script=wgan_gp, **settings):
     return (moments[-1] - moments[0]) / (len(moments) - 1)
 
 
-def usual_way(warm, steps, n_critic=5, lam=10, m=64, lr=1e-4, betas=(0.0, 0.9)):
-    """Seconds per step of the script that one finds: the same algorithm, with what slows it down"""
-    steps_per_image = [transforms.Resize(28), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
-    mnist = datasets.MNIST(common.ROOT, transform=transforms.Compose(steps_per_image))
-    loader = torch.utils.data.DataLoader(mnist, m, shuffle=True, drop_last=True)
-    G, D = MLPGenerator(), MLPCritic()
-    opt_G, opt_D = torch.optim.Adam(G.parameters(), lr, betas), torch.optim.Adam(D.parameters(), lr, betas)
-    moments, i = [], 0
-    while True:
-        for real, _ in loader:
-            if i % n_critic == 0 and i >= warm * n_critic:
-                moments.append(time.perf_counter())
-                if len(moments) > steps:
-                    return (moments[-1] - moments[0]) / steps
-            fake = G(torch.randn(m, 100))
-            alpha = torch.rand(m, 1, 1, 1)
-            between = (alpha * real + (1 - alpha) * fake).requires_grad_(True)
-            scores = D(between)
-            grad = torch.autograd.grad(scores, between, grad_outputs=torch.ones_like(scores), create_graph=True,
-                                       retain_graph=True)[0]
-            penalty = ((grad.view(m, -1).norm(2, dim=1) - 1) ** 2).mean()
-            opt_D.zero_grad()
-            (D(fake).mean() - D(real).mean() + lam * penalty).backward()
-            opt_D.step()
-            i += 1
-            if i % n_critic == 0:
-                opt_G.zero_grad()
-                (-D(G(torch.randn(m, 100))).mean()).backward()
-                opt_G.step()
-
-
 def usual(rounds=5):
     images = common.load_images("mnist", size=28)
     pairs = []
     with patched(Generator=MLPGenerator, Critic=MLPCritic, load_images=lambda *_: images):
         for _ in range(rounds):
-            pairs.append((train(5, 100, device="cpu"), usual_way(5, 60)))
+            theirs = usual_step("wgan_gp", (MLPGenerator(), MLPCritic()), transforms.Resize(28))
+            pairs.append((train(5, 100, device="cpu"), seconds_of(theirs, 5, 60)))
             ours, theirs = pairs[-1]
             print(f"  critic updates/s: wgan_gp.py {5 / ours:.0f}, the usual way {5 / theirs:.0f}, "
                   f"ratio {theirs / ours:.2f}")
@@ -125,13 +95,13 @@ def usual(rounds=5):
     print(f"usual: MLP 784-512-256-1 / 100-128-256-512-1024-784, batch 64: median ratio {ratio:.2f}")
 
 
-def usual_step(name):
-    """Does a step of a script at a time, with its own networks and numbers, as such scripts are commonly written: a
+def usual_step(name, networks=None, resize=transforms.Pad(2)):
+    """Does a step of a script at a time, with its networks (or others) and numbers, as they are commonly written: a
     DataLoader that transforms image by image, torch's default optimizers (not fused) and memory format, gradients
     for both networks at every backward; with a gradient penalty also the graph of the generated images in D's step
     and a pass of its own for each score; in EBGAN the generated images encoded twice"""
     script, m = importlib.import_module(name), 16 if name == "progan" else 64
-    steps_per_image = [transforms.Pad(2), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
+    steps_per_image = [resize, transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
     mnist = datasets.MNIST(common.ROOT, transform=transforms.Compose(steps_per_image))
     loader = torch.utils.data.DataLoader(mnist, m, shuffle=True, drop_last=True)
     reals = (real for _ in itertools.count() for real, _ in loader)
@@ -139,8 +109,8 @@ def usual_step(name):
         G, D = script.Generator(32, 1, fmap_max=32), script.Discriminator(32, 1, fmap_max=32)
         G_ema, nz, drift = copy.deepcopy(G), 512, 0.001
     else:
-        G, D = script.Generator(), (script.Critic if name.startswith("wgan") else script.Discriminator)()
-        nz, drift = 100, 0
+        second = script.Critic if name.startswith("wgan") else script.Discriminator
+        (G, D), nz, drift = networks or (script.Generator(), second()), 100, 0
     optimizer = {"wgan": lambda w: torch.optim.RMSprop(w, 5e-5), "wgan_gp": lambda w: torch.optim.Adam(w, 1e-4),
                  "lsgan": lambda w: torch.optim.Adam(w, 2e-4)}.get(name, lambda w: torch.optim.Adam(w, 1e-3))
     opt_G, opt_D = optimizer(G.parameters()), optimizer(D.parameters())
@@ -202,16 +172,16 @@ def settings_of(name):
     return dict(size=32, fmap_max=32, kimg=0.001) if name == "progan" else {}
 
 
-def flops_of(script, settings):
-    """Floating-point operations of a step"""
+def flops_of(script, settings, at=10):
+    """Floating-point operations of step at; by step 10 progan.py has grown, with settings_of it"""
     original, counter = script.run, Flops()
 
     def counted(*args, **state):
         for i, step in enumerate(original(*args, **state)):
-            with counter if i == 10 else contextlib.nullcontext():
+            with counter if i == at else contextlib.nullcontext():
                 yield step
     with patched(script, run=counted):
-        train(0, 11, script, device="cpu", **settings)
+        train(0, at + 1, script, device="cpu", **settings)
     return counter.count
 
 
@@ -225,14 +195,16 @@ def peak_of(name, settings, steps=200):
     return [float(word) for word in done.stdout.split()[-2:]]
 
 
-def on_cuda(script, settings):
-    """Milliseconds per step: eager, recorded (progan.py has no --record)"""
-    if not torch.cuda.is_available():
-        return ["not measured"] * 2
-    eager = train(100, 500, script, device="cuda", **settings)
-    if script is progan:
-        return [f"{1000 * eager:.2f}", "-"]
-    return [f"{1000 * eager:.2f}", f"{1000 * train(100, 500, script, device='cuda', record=True, **settings):.2f}"]
+def on_cuda(script, **settings):
+    """Milliseconds per step: of 1,000, since with --record no step but the first ones comes by here"""
+    began = []
+    for steps in (200, 1200):                               # their difference leaves the start and the saving out
+        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as out:
+            began.append(time.perf_counter())
+            script.train(steps=steps, save_every=10**9, out=out, device="cuda", **settings)
+            torch.cuda.synchronize()
+            began[-1] = time.perf_counter() - began[-1]
+    return began[1] - began[0]
 
 
 def scripts(rounds=5, steps=20):
@@ -249,10 +221,14 @@ def scripts(rounds=5, steps=20):
         ratios = [theirs / ours for ours, theirs in pairs]
         print(f"  {name}: ratios {' '.join(f'{ratio:.2f}' for ratio in ratios)}, "
               f"shares {' '.join(f'{share:.0%}' for share in shares)}", flush=True)
+        gpu = ["not measured"] * 2
+        if torch.cuda.is_available():
+            gpu = [f"{on_cuda(script, **settings):.2f}",
+                   "-" if script is progan else f"{on_cuda(script, record=True, **settings):.2f}"]
         images = 16 if name == "progan" else 64 * (5 if name.startswith("wgan") else 1)
         rows.append([f"{name}.py", f"{1000 * ours:.0f}", f"{images / ours:,.0f}", f"{median(ratios):.2f}",
                      f"{flops / 1e9:.2f}", f"{median(shares):.0%}", f"{peak_of(name, settings)[1]:.0f}",
-                     *on_cuda(script, settings)])
+                     *gpu])
     print("| script | ms per step | images per second | times the usual way | GFLOP per step | of the matrix rate "
           "| peak MiB | CUDA: ms per step | recorded |\n" + "|---" * 9 + "|")
     for row in rows:
@@ -280,23 +256,15 @@ def matrix_rate(n=2048, repeats=8):
 
 
 def matrix(rounds=5):
-    original = wgan_gp.run
-
-    def counted(*args, **state):
-        for step in original(*args, **state):
-            with counter if step == 1 else contextlib.nullcontext():
-                yield step
-    counter = Flops()
-    with patched(run=counted):
-        train(0, 2, width=64, device="cpu")
+    flops = flops_of(wgan_gp, dict(width=64), at=1)
     shares = []
     for _ in range(rounds):
         before = matrix_rate()
         seconds = train(1, 4, width=64, device="cpu")
         rate = (before + matrix_rate()) / 2
-        shares.append(counter.count / seconds / rate)
-        print(f"  {counter.count / 1e9:.1f} GFLOP a step in {seconds:.2f} s: "
-              f"{counter.count / seconds / 1e9:.0f} of {rate / 1e9:.0f} GFLOP/s, {shares[-1]:.0%}")
+        shares.append(flops / seconds / rate)
+        print(f"  {flops / 1e9:.1f} GFLOP a step in {seconds:.2f} s: "
+              f"{flops / seconds / 1e9:.0f} of {rate / 1e9:.0f} GFLOP/s, {shares[-1]:.0%}")
     print(f"matrix: width 64, 32x32, batch 64: median share of the matrix rate {median(shares):.0%}")
 
 
@@ -415,18 +383,7 @@ def cuda(rounds=3):
         script = importlib.import_module(name)
         for width in (16, 64):
             for _ in range(rounds):
-                times = []
-                for record in (False, True):
-                    began = []
-                    for steps in (200, 1200):               # their difference leaves the start and the saving out
-                        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as out:
-                            began.append(time.perf_counter())
-                            script.train(steps=steps, save_every=10**9, out=out, width=width, record=record,
-                                         device="cuda")
-                            torch.cuda.synchronize()
-                            began[-1] = time.perf_counter() - began[-1]
-                    times.append(began[1] - began[0])
-                eager, recorded = times
+                eager, recorded = (on_cuda(script, record=record, width=width) for record in (False, True))
                 print(f"cuda: {name} width {width}: {eager:.3f} ms/step eager, {recorded:.3f} recorded")
 
 
