@@ -15,7 +15,7 @@ Differs from the paper, or from its authors' code:
 - Line 2 prints t = 0, ..., n_critic, one pass too many: the text and the authors' code make n_critic, as done here.
 - The clip follows the update, as line 7 has it; in the authors' code it comes before. As there, it reaches batch
   norm's weights and biases too: the weights drop from about 1 to c at once.
-- D has batch norm, as the authors' has: a score depends on the whole batch, so the bound above is no longer strict.
+- D has batch norm, as the authors' has: a score depends on the whole batch, so D is not strictly Lipschitz.
 - RMSProp: decay 0.99 and ε = 1e-8, torch's defaults; the paper names none.
 - --width 16, 32x32, --steps 6000, for two CPU cores and minutes; the authors': 64, 64x64, 600,000 steps (figure 3).
 - --authors-loop, 100 critic updates in each of steps 1 to 25, 501, 1001, ..., is their code, not the paper.

@@ -104,8 +104,10 @@ def script_of(name):
             raise ValueError(f"{script.name} has no longer exactly one line {old!r}")
         text = text.replace(old + "\n", new + "\n")
     for file, content in ((script.name, text), ("common.py", (PROJECT / "common.py").read_text(encoding="utf-8"))):
-        with common.replacing(RUNS / name / file) as copy:
-            copy.write(content.encode())
+        copy = RUNS / name / file
+        if not copy.exists() or copy.read_bytes() != content.encode():      # else another run may be reading it
+            with common.replacing(copy) as new:
+                new.write(content.encode())
     return RUNS / name / script.name
 
 
@@ -129,6 +131,8 @@ def train(name, seed):
 
 def train_all(names):
     """Seed by seed, two at a time"""
+    for name in names:
+        script_of(name)                                     # before two runs of it begin at once
     with ThreadPoolExecutor(2) as pool:
         todo = [(name, seed) for seed in range(3) for name in names if seed in JOBS[name].seeds]
         for _ in pool.map(train, *zip(*todo)):
@@ -160,9 +164,11 @@ def sampled(name, seed, step=None, average=True):
 
 @functools.cache
 def judged(*run):
-    """tests/evaluate.py's figures of sampled(*run), and the seconds of its training"""
+    """tests/evaluate.py's figures of sampled(*run), its log's means over the last 1,000 steps, and its seconds"""
     images, saved = sampled(*run)
-    return evaluate.judge(images, mnist()) | {"seconds": saved["seconds"]}
+    columns, *log = saved["log"]
+    recent = torch.tensor([row for row in log if row[0] > saved["step"] - 1000], dtype=torch.float64).mean(0)
+    return dict(zip(columns, recent.tolist())) | evaluate.judge(images, mnist()) | {"seconds": saved["seconds"]}
 
 
 @functools.cache
@@ -196,15 +202,17 @@ def covered(figures):
     return int((figures["classes"] >= 0.01).sum())
 
 
-def compared(*jobs):
-    """A table of (name, steps), over all seeds"""
+def compared(*jobs, columns=()):
+    """A table of (name, steps) or (name, steps, average), over all seeds; columns: of the log, too"""
     rows = []
-    for name, step in jobs:
-        several = [judged(name, seed, step) for seed in JOBS[name].seeds]
-        rows.append([name, f"{step:,}", len(several), " ".join(f"{each['Fréchet']:.1f}" for each in several),
-                     *(of(several, key) for key in ("Fréchet", "precision", "recall", "entropy")),
+    for name, step, *average in jobs:
+        several = [judged(name, seed, step, *average) for seed in JOBS[name].seeds]
+        rows.append([name + ", G itself" * (average == [False]), f"{step:,}",
+                     " ".join(f"{each['Fréchet']:.1f}" for each in several),
+                     *(of(several, key) for key in ("Fréchet", "precision", "recall", "entropy", *columns)),
                      " ".join(f"{each['seconds'] / 60:.0f}" for each in several)])
-    table(["run", "steps", "seeds", "Fréchet distance", "mean", "precision", "recall", "entropy", "minutes"], *rows)
+    table(["run", "steps", "Fréchet distance, by seeds", "mean ± deviation", "precision", "recall", "entropy",
+           *columns, "minutes"], *rows)
 
 
 def plot(columns=1, width=8):
@@ -299,10 +307,14 @@ def claim_2():
         at = x.clone().requires_grad_()
         return torch.autograd.grad(function(at).sum(), at)[0].abs().flatten()
 
-    def at_generated(slopes):
-        """Their mean over the generated distribution, N(2, 0.5²)"""
-        density = (-2 * (x.flatten() - 2) ** 2).exp()
-        return ((slopes * density).sum() / density.sum()).item()
+    def over(mean, values):
+        """The values' mean over N(mean, 0.5²): of the real samples for -2, of the generated ones for 2"""
+        density = (-2 * (x.flatten() - mean) ** 2).exp()
+        return ((values * density).sum() / density.sum()).item()
+
+    def loss_of(logits):
+        """A classifier's: its cross entropy, half real and half generated"""
+        return (over(-2, F.softplus(-logits)) + over(2, F.softplus(logits))) / 2
 
     D, f = mlp(1), mlp(1)
     for_D, for_f = torch.optim.Adam(D.parameters(), 1e-3), torch.optim.RMSprop(f.parameters(), 5e-5, maximize=True)
@@ -322,10 +334,12 @@ def claim_2():
         if step in (10, 100, 1000, 5000):
             slopes = (gradient(lambda at: F.logsigmoid(-D(at))), gradient(lambda at: F.logsigmoid(D(at))),
                       gradient(f))
-            rows.append([step, f"{loss.item() / 2:.1e}", *(f"{mean:.2g} ({mean / most:.2g})"
-                         for mean, most in ((at_generated(each), each.max().item()) for each in slopes))])
-    best = 16 * torch.sigmoid(-16 * x.flatten())            # ln(p_r/p_g) = -16 x: the best classifier's gradient
-    rows.append(["best classifier", "0", f"{at_generated(best):.2g} ({at_generated(best) / 16:.2g})", "16 (1)", ""])
+            rows.append([step, f"{loss_of(D(x).detach().flatten()):.1e}", *(f"{mean:.2g} ({mean / most:.2g})"
+                         for mean, most in ((over(2, each), each.max().item()) for each in slopes))])
+    best = -16 * x.flatten()                                # ln(p_r / p_g), the best classifier's logit
+    slopes = (16 * torch.sigmoid(best), 16 * torch.sigmoid(-best))
+    rows.append(["best classifier", f"{loss_of(best):.1e}",
+                 *(f"{over(2, each):.2g} ({over(2, each) / 16:.2g})" for each in slopes), ""])
     table(["updates", "loss of the classifier", "gradient of log(1 − D)", "of −log D", "of the critic"], *rows)
     figure, axes = plot()
     with torch.no_grad():
@@ -466,20 +480,14 @@ def claim_7():
 def claim_8():
     """EBGAN: the pulling-away term, the margin, pretraining"""
     compared(("ebgan", 6000), ("ebgan-without-pt", 6000), ("ebgan-margin-1", 6000), ("ebgan-margin-30", 6000),
-             ("ebgan-pretrain", 6500))                      # 6,000 updates of G in all of them
+             ("ebgan-pretrain", 6500), columns=("f_PT", "energy_real"))     # 6,000 updates of G in all of them
 
 
 def claim_9():
-    """ProGAN: without one ingredient at a time (seed 0), by images shown"""
-    rows = []
-    for name in ("progan", *(each for each in JOBS if each.startswith("progan-"))):
-        for average in (True, False) if name == "progan" else (True,):
-            points = [judged(name, 0, step, average) for step in (7500, 8750)]
-            rows.append([name if average else "progan, without the moving average",
-                         *(f"{each['Fréchet']:.1f}" for each in points),
-                         *(f"{points[-1][key]:.3g}" for key in ("precision", "recall")),
-                         f"{points[-1]['seconds'] / 60:.0f}"])
-    table(["run", "Fréchet distance after 120,000 images", "140,000", "precision", "recall", "minutes"], *rows)
+    """ProGAN: its average and G itself; without growing, along the run; without another ingredient"""
+    compared(("progan", 8750), ("progan", 8750, False),
+             *(("progan-without-growing", step) for step in (2500, 3750, 8750)),
+             *((f"progan-without-{what}", 8750) for what in ("stddev", "pixel-norm", "equalised-lr")))
 
 
 def claim_10():
@@ -488,8 +496,9 @@ def claim_10():
 
 
 def claim_11():
-    """WGAN: critic updates per generator update: after 1,500 generator updates; and 1 after more of them"""
-    compared(("wgan-n_critic-1", 1500), ("wgan", 1500), ("wgan-n_critic-20", 1500), ("wgan-n_critic-1", 6000))
+    """WGAN: critic updates per generator update, by the same number of generator updates and of critic updates"""
+    compared(("wgan-n_critic-1", 1500), ("wgan", 1500), ("wgan-n_critic-20", 1500), ("wgan-n_critic-1", 6000),
+             ("wgan", 6000))
 
 
 def claim_12():

@@ -4,9 +4,9 @@
     python tests/evaluate.py --dataset mnist --digit 7 path/to/pngs
     python tests/evaluate.py --dataset path/to/photos runs/progan-photos
 
-A run's data set and class are those it was trained with. All are judged alike, by 5,000 images (a folder: by all
-that it has) against the test images, in the 128 features of a small classifier, which is trained once, in a few
-minutes, and kept beside the data sets:
+A run's data set and class are those it was trained with (with another --dataset: all its classes). All are judged
+alike, by 5,000 images (a folder: by all that it has) against the test images, in the 128 features of a small
+classifier, which is trained once, in a few minutes, and kept beside the data sets:
 
     Fréchet     distance of the two Gaussians with the features' means and covariances (Heusel et al. 2017)
     precision   share of generated images that lie among real ones: not farther from one of them than its third
@@ -256,7 +256,7 @@ def compare(args):
         script, saved = opened(run)
         config = saved["config"] if saved else {}
         dataset = args.dataset or config.get("dataset", "mnist")
-        digit = config.get("digit") if args.digit is None and not args.dataset else args.digit
+        digit = config.get("digit") if args.digit is None and dataset == config.get("dataset") else args.digit
         if saved:
             images = sample(script.load(run), config["nz"], args.images, args.seed)
             name = f"{run} ({saved['step']:,} steps)"

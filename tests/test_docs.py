@@ -1,6 +1,7 @@
 """What can be checked of README.md, docs/ and the measurements without training"""
 import ast
 import importlib
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -105,15 +106,17 @@ def test_a_run_of_a_claim_is_trained_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "RUNS", tmp_path)
     line = "            penalty = (grad_norm(D, x_hat) - 1) ** 2"
     flags = "--width 1 --size 16 --batch-size 4"
-    monkeypatch.setitem(claims.JOBS, "small", claims.Run("wgan_gp", 4, 2, flags, (1,), {line: line + " * 0"}))
-    claims.train_all(["small"])
-    for step in (2, 4):
-        script, run = claims.opened("small", 1, step)
+    monkeypatch.setitem(claims.JOBS, "small", claims.Run("wgan_gp", 4, 2, flags, (0, 1), {line: line + " * 0"}))
+    claims.train_all(["small"])                             # both at once, from one copy
+    copied = (tmp_path / "small" / "wgan_gp.py").stat().st_mtime_ns
+    for seed, step in itertools.product((0, 1), (2, 4)):
+        script, run = claims.opened("small", seed, step)
         saved = script.read(run)
-        assert saved["step"] == step and saved["config"]["seed"] == 1 and saved["config"]["width"] == 1
+        assert saved["step"] == step and saved["config"]["seed"] == seed and saved["config"]["width"] == 1
         head, *rows = saved["log"]
         assert rows[-1][head.index("penalty")] == 0         # the changed copy was trained
     assert script.__file__ == str(tmp_path / "small" / "wgan_gp.py")
+    assert (tmp_path / "small" / "wgan_gp.py").stat().st_mtime_ns == copied     # no run reads it half written
     before = (tmp_path / "small" / "1" / "checkpoint.pt").stat().st_mtime_ns
     claims.train_all(["small"])                             # all is there: nothing is trained again
     assert (tmp_path / "small" / "1" / "checkpoint.pt").stat().st_mtime_ns == before

@@ -217,6 +217,8 @@ def test_command_line(root, capsys, monkeypatch):
     capsys.readouterr()
     evaluate.main(["run-0", "run-1", "--images", "40", "--root", str(root)])        # of digit 7, as trained
     made, what, head, floor, first, second, both = capsys.readouterr().out.splitlines()
+    evaluate.main(["run-0", "--dataset", "mnist", "--images", "40", "--root", str(root)])
+    assert capsys.readouterr().out.splitlines() == [what, head, floor, first]       # still of digit 7
     evaluate.main([pictures, "--digit", "7", "--root", str(root)])
     *again, same = capsys.readouterr().out.splitlines()
     assert again == [what, head, floor]
@@ -228,6 +230,22 @@ def test_command_line(root, capsys, monkeypatch):
     mean, deviation = re.match(r"run-0 run-1: 2 seeds: Fréchet ([\d.]+) ± ([\d.]+), precision ", both).groups()
     assert float(mean) == pytest.approx((cells[1][0] + cells[2][0]) / 2, rel=0.01)
     assert float(deviation) == pytest.approx(abs(cells[1][0] - cells[2][0]) / 2 ** 0.5, rel=0.05, abs=0.01)
+
+
+@pytest.mark.parametrize("flags, asked", [
+    ("", ("mnist", 7)), ("--dataset mnist", ("mnist", 7)), ("--dataset fashion-mnist", ("fashion-mnist", None)),
+    ("--digit 0", ("mnist", 0)), ("--dataset fashion-mnist --digit 2", ("fashion-mnist", 2))])
+def test_what_a_run_is_compared_with(flags, asked, root, monkeypatch):
+    trained(wgan, "run")
+    seen = []
+
+    def reference(dataset, digit, _):
+        seen.append((dataset, digit))
+        raise ValueError
+    monkeypatch.setattr(evaluate, "reference", reference)
+    with pytest.raises(SystemExit):
+        evaluate.main(["run", "--images", "40", *flags.split()])
+    assert seen == [asked]
 
 
 def test_photographs_by_the_sliced_wasserstein_distance(capsys):
