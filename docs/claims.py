@@ -481,6 +481,7 @@ def claim_8():
     """EBGAN: the pulling-away term, the margin, pretraining"""
     compared(("ebgan", 6000), ("ebgan-without-pt", 6000), ("ebgan-margin-1", 6000), ("ebgan-margin-30", 6000),
              ("ebgan-pretrain", 6500), columns=("f_PT", "energy_real"))     # 6,000 updates of G in all of them
+    draw("claim-8", ("ebgan-margin-1", 24), ("ebgan", 24), ("ebgan-margin-30", 24))
 
 
 def claim_9():
@@ -506,13 +507,20 @@ def claim_12():
     compared(("wgan_gp", 2000), ("wgan_gp-one-sided", 2000))
 
 
-def pictures():
-    """The first 48 images of seed 0 of every script, in two rows"""
-    for name in evaluate.SCRIPTS:
+def draw(file, *runs):
+    """docs/FILE.png: the first images of seed 0 of each (name, how many), in rows of 24"""
+    images = []
+    for name, n in runs:
         script, run = opened(name, 0)
-        images = evaluate.sample(script.load(run), script.read(run)["config"]["nz"], 48)
-        grid = make_grid(evaluate.as_the_data_set(images), nrow=24, padding=0)
-        to_pil_image(grid[:1]).save(PROJECT / "docs" / f"samples-{name}.png")
+        drawn = evaluate.sample(script.load(run), script.read(run)["config"]["nz"], n)
+        images.append(evaluate.as_the_data_set(drawn))
+    to_pil_image(make_grid(torch.cat(images), nrow=24, padding=0)[:1]).save(PROJECT / "docs" / f"{file}.png")
+
+
+def pictures():
+    """The first 48 images of seed 0 of every script"""
+    for name in evaluate.SCRIPTS:
+        draw(f"samples-{name}", (name, 48))
 
 
 def main(words):
