@@ -4,7 +4,7 @@
     python docs/claims.py 1 2 ... 12        the figures of a claim, and its plot in docs/; without numbers: of all
     python docs/claims.py pictures          samples of the five scripts, docs/samples-SCRIPT.png
 
-The runs take about five hours on two cores; stopped, they go on where they were. One thread each makes their figures
+The runs take four to five hours on two cores; stopped, they go on where they were. One thread each makes their figures
 the same on every machine of a kind, all but the minutes. The plots need matplotlib.
 """
 import functools
