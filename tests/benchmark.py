@@ -399,8 +399,12 @@ def processor():
 if __name__ == "__main__":
     modes = dict(scripts=scripts, usual=usual, matrix=matrix, memory=memory, growing=growing, large=large,
                  cuda=cuda)
+    names = sys.argv[1:] or list(modes)
+    if len(names) > 1:                                      # each in a process of its own, for the memory
+        for name in names:
+            subprocess.run([sys.executable, __file__, name], check=True)
+        sys.exit()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA"
     print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-          f"Python {platform.python_version()}, torch {torch.__version__}, {gpu}")
-    for name in sys.argv[1:] or modes:
-        modes[name]()
+          f"Python {platform.python_version()}, torch {torch.__version__}, {gpu}", flush=True)
+    modes[names[0]]()
