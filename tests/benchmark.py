@@ -400,6 +400,8 @@ if __name__ == "__main__":
     modes = dict(scripts=scripts, usual=usual, matrix=matrix, memory=memory, growing=growing, large=large,
                  cuda=cuda)
     names = sys.argv[1:] or list(modes)
+    if unknown := set(names) - set(modes):
+        sys.exit(f"benchmark.py: {', '.join(sorted(unknown))}: not one of {', '.join(modes)}")
     if len(names) > 1:                                      # each in a process of its own, for the memory
         for name in names:
             subprocess.run([sys.executable, __file__, name], check=True)
