@@ -8,7 +8,7 @@ every pixel, not from one label. The pulling-away term keeps a batch's codes fro
     L_D = energy(x) + [m - energy(G(z))]⁺      (1)      L_G = energy(G(z))  (2)  + 0.1 f_PT(Enc(G(z)))      (14)
     energy(x) = ‖Dec(Enc(x)) - x‖ (13) is the paper's D(x); here D(x) is Dec(Enc(x)). `--pt 0`: EBGAN, else EBGAN-PT
 
-Differs from the paper (we found no code of its authors, and know its appendix from others only):
+Differs from the paper (we found no code; know the appendix from others; equation numbers are an earlier version's):
 - Networks: DCGAN's G; D, at --width 64, the 64-128-256 of the paper's 64x64 images (for MNIST it searches), with
   DCGAN's batch norm (a trial without it collapsed: f_PT 1, energy_fake 0), LeakyReLU and N(0, 0.02).
 - One z for both losses, D's update first. Batch size, β₁, β₂, and --width 16, --steps 6000 for a CPU, are ours.

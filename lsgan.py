@@ -18,7 +18,7 @@ Differs from the paper, or from its authors' code:
 - --width 16, --steps 9000, for two CPU cores and minutes; the authors' characters: up to 1,000,000 steps.
 - z: 100 dimensions, N(0, 1), as in DCGAN; in the authors' code 1,024, uniform on [-1, 1].
 - The mean over the batch, as in (2); the authors' code has the sum, which Adam hides but for its ε.
-- lr is the paper's for 28x28 characters (for 112x112 scenes: 1e-3). It names no β₂: 0.999 is Adam's default.
+- lr and β₁ are the paper's, lr for 28x28 characters (112x112 scenes: 1e-3); β₂ = 0.999 is Adam's default.
 Measured: `python lsgan.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 4.5 min, L_D 0.13, L_G 0.32.
 """
 import argparse
