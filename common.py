@@ -8,6 +8,7 @@
 Errors are ValueError or OSError, one sentence that names the file or flag and says what to do.
 """
 import contextlib
+import glob
 import hashlib
 import os
 import struct
@@ -48,7 +49,7 @@ def channels_of(dataset):
 def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, enlarge=True, mapped=False):
     """All images of a data set (its training part) or of a folder: uint8, (N, channels, size, size)
 
-    dataset   "mnist", "fashion-mnist", "cifar10", or the path of a folder, searched to any depth
+    dataset   "mnist", "fashion-mnist", "cifar10", or the path of a folder: any depth, but not through links
     digit     0..9: only this class;  None: all.  Folders have no classes
     size      pixels. The 28x28 sets get a border of 2 pixels (size 28: none); other sizes are resized, antialiased.
               Images of a folder: EXIF orientation applied, transparency on white, centre cropped to a square
@@ -139,12 +140,12 @@ def _from_folder(folder, size, root, channels, enlarge, mapped):
             images[n:n + len(part)] = part
             n += len(part)
         return images[:n]
-    contents = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    contents = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.exists()]
     where, stamp = (hashlib.sha256(repr(it).encode()).hexdigest()[:12] for it in (folder.resolve(), contents))
     name = f"{folder.resolve().name}-{where}-{size}x{size}x{channels}"
     file = root / "cache" / f"{name}-{stamp}.uint8"
     if not file.exists():
-        for old in file.parent.glob(f"{name}-*"):
+        for old in file.parent.glob(f"{glob.escape(name)}-*"):
             old.unlink()
         print(f"decoding {len(paths):,} images once into {file}", flush=True)
         with replacing(file) as sink:

@@ -8,7 +8,7 @@ every pixel, not from one label. The pulling-away term keeps a batch's codes fro
     L_D = energy(x) + [m - energy(G(z))]⁺      (1)      L_G = energy(G(z))  (2)  + 0.1 f_PT(Enc(G(z)))      (14)
     energy(x) = ‖Dec(Enc(x)) - x‖ (13) is the paper's D(x); here D(x) is Dec(Enc(x)). `--pt 0`: EBGAN, else EBGAN-PT
 
-Differs from the paper (we found no code; know the appendix from others; equation numbers are an earlier version's):
+Differs from the paper (authors' code: none found; appendix: from others; equation numbers: an earlier version's):
 - Networks: DCGAN's G; D, at --width 64, the 64-128-256 of the paper's 64x64 images (for MNIST it searches), with
   DCGAN's batch norm (a trial without it collapsed: f_PT 1, energy_fake 0), LeakyReLU and N(0, 0.02).
 - One z for both losses, D's update first. Batch size, β₁, β₂, and --width 16, --steps 6000 for a CPU, are ours.
@@ -92,7 +92,7 @@ def pulling_away(S):
 
 def train(
     # §4.1: Adam, step size 0.001, margin 10; 0.1 in §2.4 or appendix F. The others are ours
-    margin=10.0,            # m         D lets generated images of this energy be; larger images need more
+    margin=10.0,            # m         generated images above this energy cost D nothing; larger images need more
     pt=0.1,                 #           weight of the pulling-away term
     lr=1e-3,                #           Adam: step size
     beta1=0.5,              #           Adam: decay of the first moment
@@ -101,7 +101,7 @@ def train(
     pretrain=0,             #           ours: steps at the start in which only D learns, on real images alone
     # The networks
     nz=100,                 # z         dimensions of the latent variable
-    width=16,               #           feature maps at half size; 16: minutes on a CPU, 64: the papers' DCGAN
+    width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: the papers' DCGAN
     # The images
     dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,      #           only this class, 0 to 9
@@ -109,8 +109,8 @@ def train(
     size=32,                #           width and height in pixels: 16, 32, 64, 128 or 256
     channels: int = None,   #           1 grey, 3 RGB (what the data set has; a folder: 3)
     # The run
-    steps=6000,             #           updates of D, and but for --pretrain of G
-    seed=0,                 #           of every random number
+    steps=6000,             #           updates of D, and, after --pretrain, of G
+    seed=0,                 #           of every random number but the pictures' latents
     device="auto",          #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
@@ -160,8 +160,8 @@ def start(config):
     config = {name: str(it) if isinstance(it, (Path, torch.device)) else it for name, it in config.items()}
     for name, value in config.items():
         if type(value) not in (bool, int, float, str, type(None)):      # numpy's: the checkpoint could not be read
-            raise ValueError(f"{flag(name)} must be a plain Python number, not a {type(value).__name__}")
-    config["script"], dataset = SCRIPT, config["dataset"]
+            raise ValueError(f"{flag(name)} must be a plain Python number or string, not a {type(value).__name__}")
+    config["script"], dataset = SCRIPT, os.path.expanduser(config["dataset"])
     config["channels"] = channels_of(dataset) if config["channels"] is None else config["channels"]
     least = dict.fromkeys("steps batch_size save_every n_critic nz width channels".split(), 1)
     least |= dict.fromkeys("lr beta1 beta2 lam pt margin pretrain".split(), 0)
@@ -176,7 +176,7 @@ def start(config):
     if config["record"] and device.type != "cuda":
         raise ValueError(f"--record records CUDA steps, and the device is {device}: leave it out")
     if config["record"] and (config.get("authors_loop") or config.get("pretrain")):
-        raise ValueError("--record repeats one step, and --authors-loop and --pretrain change it: leave it out")
+        raise ValueError("--record repeats one step: leave it out with --authors-loop or --pretrain")
     saved = read(out)
     for name in config if saved else ():
         old, new = saved["config"].get(name), config[name]
@@ -213,7 +213,7 @@ def find_device(name):
         return probe.device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} is not on this machine ({reason}): use cpu") from error
+        raise ValueError(f"--device {name} is not on this machine ({reason}): use --device cpu") from error
 
 
 def run_folder(out, dataset, digit):
@@ -302,7 +302,8 @@ def run(config, out, log, **state):
                        if not all(value.isfinite().all() for value in state[name].state_dict().values())]
             if broken:
                 kept = f"{out} keeps the checkpoint of step {good}" if good else "there is no checkpoint yet"
-                raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr")
+                raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr"
+                                 + ", with another --out" * bool(good))
             shown = now = time.perf_counter()   # after item(): the device has done what was asked of it
             speed = (images_seen(config, done) - images_seen(config, first)) / (now - begin)
             left = timedelta(seconds=round((images_seen(config, steps) - images_seen(config, done)) / speed))
@@ -384,7 +385,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(str(error) + (": try another --out or --root" if getattr(error, "errno", None) else ""))
     except KeyboardInterrupt:
-        then = "the same command continues from the last checkpoint" if n is None else "not all images are there"
+        then = "the same command continues from the checkpoint, if any" if n is None else "not all images are there"
         parser.exit(130, f"{parser.prog}: stopped; {then}\n")
 
 

@@ -3,18 +3,18 @@ Xudong Mao, Qing Li, Haoran Xie, Raymond Y.K. Lau, Zhen Wang, Stephen Paul Smoll
 
 A classifier's cross entropy is content with generated images on the real side of its boundary, even if real ones
 are far away. Here the discriminator D regresses instead: real images to the label b, generated ones to a; and G
-makes its own be given c. The square pulls on every image, and the harder the farther it is from its label.
+wants its own at c. The square pulls on every image, the harder, the farther it is from its label.
 
     min_D 1/2 E[(D(x) - b)²] + 1/2 E[(D(G(z)) - a)²]        min_G 1/2 E[(D(G(z)) - c)²]      (2)
 
-The default labels 0, 1, 1 are (9). Only `--a -1 --b 1 --c 0`, (8), has b - c = 1 and b - a = 2, as the theorem
-asks: against the best D, G's loss with 1/2 E[(D(x) - c)²] added is half χ²_Pearson(p_data + p_g ‖ 2 p_g).
+The default labels 0, 1, 1 are (9). `--a -1 --b 1 --c 0`, (8), have b - c = 1 and b - a = 2, as the theorem asks:
+against the best D, G's loss with 1/2 E[(D(x) - c)²] added is half χ²_Pearson(p_data + p_g ‖ 2 p_g).
 The Loss-Sensitive GAN (Qi, 1701.06264) is another: its D is a loss, to be lower on x than on G(z) by a margin
 Δ(x, G(z)), so it asks less separation of a realistic G(z) and more of a blurred one. Here the labels are fixed.
 
 Differs from the paper, or from its authors' code:
 - Networks: DCGAN's, from the first WGAN's code, N(0, 0.02), on 32x32 pixels. The authors' differ from data set to
-  data set; for characters of 28x28 pixels they have 5x5 kernels and a fully connected layer in D.
+  data set; for characters of 28x28: 5x5 kernels, a fully connected layer in D, a sigmoid in G, labels in both.
 - --width 16, --steps 9000, for two CPU cores and minutes; the authors' characters: up to 1,000,000 steps.
 - z: 100 dimensions, N(0, 1), as in DCGAN; in the authors' code 1,024, uniform on [-1, 1].
 - The mean over the batch, as in (2); the authors' code has the sum, which Adam hides but for its ε.
@@ -90,7 +90,7 @@ def train(
     batch_size=64,          #           images per batch
     # The networks
     nz=100,                 # z         dimensions of the latent variable
-    width=16,               #           feature maps at half size; 16: minutes on a CPU, 64: the papers' DCGAN
+    width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: the papers' DCGAN
     # The images
     dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,      #           only this class, 0 to 9
@@ -99,7 +99,7 @@ def train(
     channels: int = None,   #           1 grey, 3 RGB (what the data set has; a folder: 3)
     # The run
     steps=9000,             #           updates of D, and of G
-    seed=0,                 #           of every random number
+    seed=0,                 #           of every random number but the pictures' latents
     device="auto",          #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
@@ -146,8 +146,8 @@ def start(config):
     config = {name: str(it) if isinstance(it, (Path, torch.device)) else it for name, it in config.items()}
     for name, value in config.items():
         if type(value) not in (bool, int, float, str, type(None)):      # numpy's: the checkpoint could not be read
-            raise ValueError(f"{flag(name)} must be a plain Python number, not a {type(value).__name__}")
-    config["script"], dataset = SCRIPT, config["dataset"]
+            raise ValueError(f"{flag(name)} must be a plain Python number or string, not a {type(value).__name__}")
+    config["script"], dataset = SCRIPT, os.path.expanduser(config["dataset"])
     config["channels"] = channels_of(dataset) if config["channels"] is None else config["channels"]
     least = dict.fromkeys("steps batch_size save_every n_critic nz width channels".split(), 1)
     least |= dict.fromkeys("lr beta1 beta2 lam pt margin pretrain".split(), 0)
@@ -162,7 +162,7 @@ def start(config):
     if config["record"] and device.type != "cuda":
         raise ValueError(f"--record records CUDA steps, and the device is {device}: leave it out")
     if config["record"] and (config.get("authors_loop") or config.get("pretrain")):
-        raise ValueError("--record repeats one step, and --authors-loop and --pretrain change it: leave it out")
+        raise ValueError("--record repeats one step: leave it out with --authors-loop or --pretrain")
     saved = read(out)
     for name in config if saved else ():
         old, new = saved["config"].get(name), config[name]
@@ -199,7 +199,7 @@ def find_device(name):
         return probe.device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} is not on this machine ({reason}): use cpu") from error
+        raise ValueError(f"--device {name} is not on this machine ({reason}): use --device cpu") from error
 
 
 def run_folder(out, dataset, digit):
@@ -288,7 +288,8 @@ def run(config, out, log, **state):
                        if not all(value.isfinite().all() for value in state[name].state_dict().values())]
             if broken:
                 kept = f"{out} keeps the checkpoint of step {good}" if good else "there is no checkpoint yet"
-                raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr")
+                raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr"
+                                 + ", with another --out" * bool(good))
             shown = now = time.perf_counter()   # after item(): the device has done what was asked of it
             speed = (images_seen(config, done) - images_seen(config, first)) / (now - begin)
             left = timedelta(seconds=round((images_seen(config, steps) - images_seen(config, done)) / speed))
@@ -370,7 +371,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(str(error) + (": try another --out or --root" if getattr(error, "errno", None) else ""))
     except KeyboardInterrupt:
-        then = "the same command continues from the last checkpoint" if n is None else "not all images are there"
+        then = "the same command continues from the checkpoint, if any" if n is None else "not all images are there"
         parser.exit(130, f"{parser.prog}: stopped; {then}\n")
 
 

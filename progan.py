@@ -214,7 +214,7 @@ def train(
     channels: int = None,     #           1 grey, 3 RGB (what the data set has; a folder: 3)
     # The run
     steps: int = None,        #           updates of G (until the last resolution has been stabilised for kimg)
-    seed=0,                   #           of every random number
+    seed=0,                   #           of every random number but the pictures' latents
     device="auto",            #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
     out: str = None,          #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=500,           #           steps between rows of the log, pictures and checkpoints
@@ -283,8 +283,8 @@ def start(config):
     config = {name: str(it) if isinstance(it, (Path, torch.device)) else it for name, it in config.items()}
     for name, value in config.items():
         if type(value) not in (bool, int, float, str, type(None)):      # numpy's: the checkpoint could not be read
-            raise ValueError(f"{flag(name)} must be a plain Python number, not a {type(value).__name__}")
-    config["script"], dataset = SCRIPT, config["dataset"]
+            raise ValueError(f"{flag(name)} must be a plain Python number or string, not a {type(value).__name__}")
+    config["script"], dataset = SCRIPT, os.path.expanduser(config["dataset"])
     config["channels"] = channels_of(dataset) if config["channels"] is None else config["channels"]
     config["size"] = (32 if dataset in DATASETS else 1024) if config["size"] is None else config["size"]
     least = dict.fromkeys("steps batch_size save_every nz fmap_base fmap_max channels".split(), 1)
@@ -338,7 +338,7 @@ def find_device(name):
         return probe.device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} is not on this machine ({reason}): use cpu") from error
+        raise ValueError(f"--device {name} is not on this machine ({reason}): use --device cpu") from error
 
 
 def run_folder(out, dataset, digit):
@@ -448,13 +448,14 @@ def run(config, out, log, **state):
                     total[name] = torch.zeros_like(value)
                 total[name] += value.detach()
 
-            m = config["batch_size"] or MINIBATCH[schedule(images, size, kimg)[0]]
+            resolution, alpha = schedule(images, size, kimg)            # of this step
+            m = config["batch_size"] or MINIBATCH[resolution]
             images += world * m
             count, done = count + 1, done + 1
             over, stopped = done >= steps if steps else images >= phases * length, any(everyones(bool(stop)))
             save = over or stopped or done % config["save_every"] == 0
             rng = everyones([module.get_rng_state() for module in random]) if save else None
-            state["G"].grown = G.grown = resolution, alpha = schedule(images, size, kimg)
+            state["G"].grown = G.grown = schedule(images, size, kimg)   # of the next, as in load()
             if rank > 0 or not save and time.perf_counter() - shown < 5:
                 continue
             means = {name: value.item() / count for name, value in total.items()}
@@ -463,7 +464,8 @@ def run(config, out, log, **state):
                        if not all(value.isfinite().all() for value in state[name].state_dict().values())]
             if broken:
                 kept = f"{out} keeps the checkpoint of step {good}" if good else "there is no checkpoint yet"
-                raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr")
+                raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr"
+                                 + ", with another --out" * bool(good))
             now = time.perf_counter()           # after item(): the device has done what was asked of it
             speed, phase = (images - before) / (now - shown), min(images // length, phases - 1)
             remain = (steps - done) * world * m if steps else max(0, (phase + 1) * length - images)
@@ -474,7 +476,7 @@ def run(config, out, log, **state):
                   *(f"{name} {value:.4g}" for name, value in means.items()),
                   f"{speed:.0f} images/s, {left} left{'' if steps else of_phase}", sep="  ", flush=True)
             if save:
-                side = min(8, 2048 // resolution)                       # more would not fit into the picture
+                side = min(8, 2048 // G.grown[0])                       # more would not fit into the picture
                 with torch.no_grad():
                     x = torch.cat([G(z) for z in fixed_z[:side * side].split(8)])
                 save_images(x, out / f"{done:06d}.png")
@@ -559,7 +561,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(str(error) + (": try another --out or --root" if getattr(error, "errno", None) else ""))
     except KeyboardInterrupt:
-        then = "the same command continues from the last checkpoint" if n is None else "not all images are there"
+        then = "the same command continues from the checkpoint, if any" if n is None else "not all images are there"
         parser.exit(130, f"{parser.prog}: stopped; {then}\n")
 
 

@@ -8,7 +8,7 @@ G: D raises that difference, G (g_θ) lowers it. To keep D Lipschitz, its weight
 
     max_w E[D(x)] - E[D(G(z))]      (3)
 
-The convention with labels, real -1, fake 1, mean(y_true * y_pred) summed over the two batches, is this same loss.
+The convention with labels, real -1, fake 1, mean(y_true * y_pred) summed over the two batches, is (3) with a minus.
 The authors' code has -f_w for D: there D lowers D(x) - D(G(z)), and G lowers D(G(z)), which is the same game.
 
 Differs from the paper, or from its authors' code:
@@ -88,7 +88,7 @@ def train(
     authors_loop=False,     #           the authors' code, not the paper: n_critic 100 in steps 1-25, 501, 1001, ...
     # The networks
     nz=100,                 # z         dimensions of the latent variable
-    width=16,               #           feature maps at half size; 16: minutes on a CPU, 64: the papers' DCGAN
+    width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: the papers' DCGAN
     # The images
     dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,      #           only this class, 0 to 9
@@ -97,7 +97,7 @@ def train(
     channels: int = None,   #           1 grey, 3 RGB (what the data set has; a folder: 3)
     # The run
     steps=6000,             #           generator updates
-    seed=0,                 #           of every random number
+    seed=0,                 #           of every random number but the pictures' latents
     device="auto",          #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
@@ -152,8 +152,8 @@ def start(config):
     config = {name: str(it) if isinstance(it, (Path, torch.device)) else it for name, it in config.items()}
     for name, value in config.items():
         if type(value) not in (bool, int, float, str, type(None)):      # numpy's: the checkpoint could not be read
-            raise ValueError(f"{flag(name)} must be a plain Python number, not a {type(value).__name__}")
-    config["script"], dataset = SCRIPT, config["dataset"]
+            raise ValueError(f"{flag(name)} must be a plain Python number or string, not a {type(value).__name__}")
+    config["script"], dataset = SCRIPT, os.path.expanduser(config["dataset"])
     config["channels"] = channels_of(dataset) if config["channels"] is None else config["channels"]
     least = dict.fromkeys("steps batch_size save_every n_critic nz width channels".split(), 1)
     least |= dict.fromkeys("lr beta1 beta2 lam pt margin pretrain".split(), 0)
@@ -168,7 +168,7 @@ def start(config):
     if config["record"] and device.type != "cuda":
         raise ValueError(f"--record records CUDA steps, and the device is {device}: leave it out")
     if config["record"] and (config.get("authors_loop") or config.get("pretrain")):
-        raise ValueError("--record repeats one step, and --authors-loop and --pretrain change it: leave it out")
+        raise ValueError("--record repeats one step: leave it out with --authors-loop or --pretrain")
     saved = read(out)
     for name in config if saved else ():
         old, new = saved["config"].get(name), config[name]
@@ -205,7 +205,7 @@ def find_device(name):
         return probe.device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} is not on this machine ({reason}): use cpu") from error
+        raise ValueError(f"--device {name} is not on this machine ({reason}): use --device cpu") from error
 
 
 def run_folder(out, dataset, digit):
@@ -294,7 +294,8 @@ def run(config, out, log, **state):
                        if not all(value.isfinite().all() for value in state[name].state_dict().values())]
             if broken:
                 kept = f"{out} keeps the checkpoint of step {good}" if good else "there is no checkpoint yet"
-                raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr")
+                raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr"
+                                 + ", with another --out" * bool(good))
             shown = now = time.perf_counter()   # after item(): the device has done what was asked of it
             speed = (images_seen(config, done) - images_seen(config, first)) / (now - begin)
             left = timedelta(seconds=round((images_seen(config, steps) - images_seen(config, done)) / speed))
@@ -376,7 +377,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(str(error) + (": try another --out or --root" if getattr(error, "errno", None) else ""))
     except KeyboardInterrupt:
-        then = "the same command continues from the last checkpoint" if n is None else "not all images are there"
+        then = "the same command continues from the checkpoint, if any" if n is None else "not all images are there"
         parser.exit(130, f"{parser.prog}: stopped; {then}\n")
 
 

@@ -13,9 +13,9 @@ Differs from the paper, or from its authors' code:
   [-1, 1]. The authors' differ from script to script; for MNIST 5x5 kernels, 28x28 pixels in [0, 1].
 - --width 16, --steps 4000, for two CPU cores and minutes. The DCGAN has width 64; the authors took 200,000 steps.
 - Initialisation: torch's default; the authors' is uniform He/Glorot, DCGAN's N(0, 0.02).
-- z has 100 dimensions, as in DCGAN; 128 in the authors' code.
+- z has 100 dimensions, as in DCGAN (the authors: 128), and m = 64 is as in most of their scripts (MNIST: 50).
 - β₁ = 0, as Algorithm 1 says; 0.5 in appendix E and in most of the authors' scripts.
-Measured: `python wgan_gp.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 9 min, estimate from 31 to 0.46.
+Measured: `python wgan_gp.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 12 min, estimate from 31 to 0.46.
 """
 import argparse
 import contextlib
@@ -88,7 +88,7 @@ def train(
     batch_size=64,          # m         images per batch
     # The networks
     nz=100,                 # z         dimensions of the latent variable
-    width=16,               #           feature maps at half size; 16: minutes on a CPU, 64: the papers' DCGAN
+    width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: the papers' DCGAN
     # The images
     dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,      #           only this class, 0 to 9
@@ -97,7 +97,7 @@ def train(
     channels: int = None,   #           1 grey, 3 RGB (what the data set has; a folder: 3)
     # The run
     steps=4000,             #           generator updates
-    seed=0,                 #           of every random number
+    seed=0,                 #           of every random number but the pictures' latents
     device="auto",          #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
@@ -155,8 +155,8 @@ def start(config):
     config = {name: str(it) if isinstance(it, (Path, torch.device)) else it for name, it in config.items()}
     for name, value in config.items():
         if type(value) not in (bool, int, float, str, type(None)):      # numpy's: the checkpoint could not be read
-            raise ValueError(f"{flag(name)} must be a plain Python number, not a {type(value).__name__}")
-    config["script"], dataset = SCRIPT, config["dataset"]
+            raise ValueError(f"{flag(name)} must be a plain Python number or string, not a {type(value).__name__}")
+    config["script"], dataset = SCRIPT, os.path.expanduser(config["dataset"])
     config["channels"] = channels_of(dataset) if config["channels"] is None else config["channels"]
     least = dict.fromkeys("steps batch_size save_every n_critic nz width channels".split(), 1)
     least |= dict.fromkeys("lr beta1 beta2 lam pt margin pretrain".split(), 0)
@@ -171,7 +171,7 @@ def start(config):
     if config["record"] and device.type != "cuda":
         raise ValueError(f"--record records CUDA steps, and the device is {device}: leave it out")
     if config["record"] and (config.get("authors_loop") or config.get("pretrain")):
-        raise ValueError("--record repeats one step, and --authors-loop and --pretrain change it: leave it out")
+        raise ValueError("--record repeats one step: leave it out with --authors-loop or --pretrain")
     saved = read(out)
     for name in config if saved else ():
         old, new = saved["config"].get(name), config[name]
@@ -208,7 +208,7 @@ def find_device(name):
         return probe.device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} is not on this machine ({reason}): use cpu") from error
+        raise ValueError(f"--device {name} is not on this machine ({reason}): use --device cpu") from error
 
 
 def run_folder(out, dataset, digit):
@@ -297,7 +297,8 @@ def run(config, out, log, **state):
                        if not all(value.isfinite().all() for value in state[name].state_dict().values())]
             if broken:
                 kept = f"{out} keeps the checkpoint of step {good}" if good else "there is no checkpoint yet"
-                raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr")
+                raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr"
+                                 + ", with another --out" * bool(good))
             shown = now = time.perf_counter()   # after item(): the device has done what was asked of it
             speed = (images_seen(config, done) - images_seen(config, first)) / (now - begin)
             left = timedelta(seconds=round((images_seen(config, steps) - images_seen(config, done)) / speed))
@@ -379,7 +380,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(str(error) + (": try another --out or --root" if getattr(error, "errno", None) else ""))
     except KeyboardInterrupt:
-        then = "the same command continues from the last checkpoint" if n is None else "not all images are there"
+        then = "the same command continues from the checkpoint, if any" if n is None else "not all images are there"
         parser.exit(130, f"{parser.prog}: stopped; {then}\n")
 
 

@@ -200,6 +200,21 @@ def test_a_mapped_file_may_be_larger_than_memory(tmp_path):
     assert len(flat) == file.stat().st_size and flat[0] == flat[-1] == 0
 
 
+def test_a_link_to_nowhere_is_named_and_left_out(photos, tmp_path, capsys):
+    (photos / "gone.png").symlink_to(photos / "nowhere.png")
+    for mapped in (False, True):
+        assert len(load_images(photos, size=8, root=tmp_path / "root", mapped=mapped)) == 10
+        assert f"skipped {photos / 'gone.png'}: FileNotFoundError" in capsys.readouterr().err
+
+
+def test_the_mapped_file_of_older_images_is_removed_whatever_the_folder_is_called(photos, tmp_path):
+    folder = photos.rename(photos.with_name("photos [old] *"))
+    load_images(folder, size=8, root=tmp_path / "root", mapped=True)
+    Image.new("RGB", (9, 9)).save(folder / "new.png")
+    load_images(folder, size=8, root=tmp_path / "root", mapped=True)
+    assert [f.stat().st_size for f in (tmp_path / "root" / "cache").iterdir()] == [11 * 3 * 8 * 8]
+
+
 def test_mapped_on_request_a_small_folder_goes_through_the_file_too(photos, tmp_path):
     mapped = load_images(photos, size=16, root=tmp_path / "root", mapped=True)
     assert torch.equal(mapped, load_images(photos, size=16))

@@ -471,8 +471,8 @@ def whole(tmp_path_factory):
 def test_a_run_grows_and_ends_by_itself(whole, capsys):
     rows = logged(whole, "step", "images", "resolution", "alpha")
     assert rows[:, 0].tolist() == list(range(1, 21)) and rows[:, 1].tolist() == list(range(4, 84, 4))
-    expected = 3 * [(4, 1)] + [(8, 0), (8, .25), (8, .5), (8, .75)] + 4 * [(8, 1)]
-    expected += [(16, 0), (16, .25), (16, .5), (16, .75)] + 5 * [(16, 1)]
+    expected = 4 * [(4, 1)] + [(8, 0), (8, .25), (8, .5), (8, .75)] + 4 * [(8, 1)]     # of the step, not the next
+    expected += [(16, 0), (16, .25), (16, .5), (16, .75)] + 4 * [(16, 1)]
     assert list(map(tuple, rows[:, 2:])) == expected
     for step, resolution in ((1, 4), (7, 8), (12, 16), (20, 16)):
         assert Image.open(whole / f"{step:06d}.png").size == (8 * resolution, 8 * resolution)

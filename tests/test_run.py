@@ -112,8 +112,10 @@ def test_rows_are_means_since_the_row_before(script):
     main(script, "--steps", 6, "--save-every", 1, "--out", "each")
     main(script, "--steps", 6, "--save-every", 3, "--out", "three")
     each, three = rows("each"), rows("three")
-    for name in each[0].keys() - {"step", "images", "seconds"}:
-        for i, row in enumerate(three):
+    place = {"step", "images", "resolution", "alpha"} & each[0].keys()      # of the last step, no mean
+    for i, row in enumerate(three):
+        assert all(row[name] == each[3 * i + 2][name] for name in place)
+        for name in each[0].keys() - place - {"seconds"}:
             mean = np.mean([float(one[name]) for one in each[3 * i:3 * i + 3]])
             np.testing.assert_allclose(float(row[name]), mean, rtol=1e-4, atol=1e-6)
     assert_same_training("each", "three")                   # how often it saves changes nothing
@@ -269,7 +271,7 @@ def test_continuing_without_a_setting_that_was_given_says_so():
 @pytest.mark.parametrize("name, value", [("lr", np.float64(1)), ("batch_size", np.int32(8)), ("nz", torch.ones(1))])
 def test_numbers_that_a_checkpoint_cannot_hold_are_refused_at_once(script, name, value):
     flag, kind = "--" + name.replace("_", "-"), type(value).__name__
-    with pytest.raises(ValueError, match=f"{flag} must be a plain Python number, not a {kind}"):
+    with pytest.raises(ValueError, match=f"{flag} must be a plain Python number or string, not a {kind}"):
         script.train(**tiny(script) | {name: value}, steps=1, out="run")
     assert not Path("run").exists()
 
@@ -462,6 +464,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(scrip
     assert len(err.splitlines()) == 1 and "try a smaller --lr" in err
     if when == "later":
         assert "not finite at step 6 (run keeps the checkpoint of step 4)" in err
+        assert "try a smaller --lr, with another --out\n" in err       # since the same --out refuses another --lr
         assert Path("run/checkpoint.pt").read_bytes() == before and not Path("run/000006.png").exists()
     else:
         assert "not finite at step 2 (there is no checkpoint yet)" in err
@@ -497,12 +500,14 @@ def test_own_images_train(script, capsys):
     assert Image.open("grey/000001.png").mode == "L"
 
 
-def test_the_folder_of_the_images_is_not_written_into(script, capsys):
+@pytest.mark.parametrize("dataset, out", [("mine", "./mine"), ("~/mine", "~/mine")])
+def test_the_folder_of_the_images_is_not_written_into(script, dataset, out, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", os.getcwd())
     Path("mine").mkdir()
     for i in range(2):
         Image.new("L", (8, 8)).save(f"mine/{i:06d}.png")
     with pytest.raises(SystemExit):
-        script.main(flags(tiny(script) | dict(dataset="mine", out="./mine", steps=1))[2:])
+        script.main(flags(tiny(script) | dict(dataset=dataset, out=out, steps=1))[2:])
     assert "is the folder of the images" in capsys.readouterr().err and len(list(Path("mine").iterdir())) == 2
 
 
