@@ -3,13 +3,16 @@
     load_images     a data set by name, or a folder of your own images, as one uint8 tensor
     pyramid         these images at every lower resolution, too
     batches         x ~ P_r: endless random batches of it, in [-1, 1], on the device
-    save_images     a grid as one PNG;  save_each: every image as its own;  save_animation: a GIF of grids
+    save_images     a grid as one PNG;  save_each: every image as its own
+    save_animation  a GIF of a run's grids;  save_curve: its numbers as curves, and as a table
 
 Errors are ValueError or OSError, one sentence that names the file or flag and says what to do.
 """
 import contextlib
 import glob
 import hashlib
+import itertools
+import math
 import os
 import struct
 import sys
@@ -21,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.functional import avg_pool2d
 from torchvision import datasets
 from torchvision.transforms import functional as TF
@@ -41,9 +44,28 @@ UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, Arithmet
 
 # ---- Images in ---------------------------------------------------------------------------------------------------
 
-def channels_of(dataset):
-    """1 for the grey data sets, 3 for the others and for every folder"""
-    return DATASETS.get(dataset, (None, 3))[1]
+def channels_of(dataset, channels=None):
+    """channels; if that is None, 1 for the grey data sets, 3 for the others and for every folder"""
+    return DATASETS.get(dataset, (None, 3))[1] if channels is None else channels
+
+
+def find_device(name):
+    """Where images are to go: "auto" (CUDA, else the CPU), or what torch.device takes -> torch.device.
+    ValueError if it is not on this machine"""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(name) == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"        # of torchrun: each process has its own
+    try:
+        probe = torch.ones(1, device=name)
+        probe.item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} is not on this machine ({reason}): use --device cpu") from error
+    if probe.is_cuda:
+        torch.cuda.set_device(probe.device)
+        torch.backends.cudnn.benchmark = True
+    return probe.device
 
 
 def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, enlarge=True, mapped=False):
@@ -62,7 +84,7 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, 
     memory is decoded once into a file under root, and the tensor is a view of that file.
     Raises ValueError (the request makes no sense) or OSError (a file or the download failed).
     """
-    root, channels = Path(os.path.expanduser(root or ROOT)), channels_of(dataset) if channels is None else channels
+    root, channels = Path(os.path.expanduser(root or ROOT)), channels_of(dataset, channels)
     if channels not in (1, 3):
         raise ValueError(f"--channels must be 1 (grey) or 3 (RGB), not {channels}")
     if size < 1:
@@ -269,13 +291,15 @@ def batches(images, m, device="cpu", resident=False):
 
     Images that fit into half of the device's free memory are kept there, and a batch is one index on the device;
     others stay where they are, and each batch is copied. Raises ValueError if m < 1, without images, and, with
-    resident=True, if the images do not fit.
+    resident=True, if the images are not in a GPU's memory.
     """
     if m < 1:
         raise ValueError(f"--batch-size must be at least 1, not {m}")
     if len(images) < 1:
         raise ValueError("there are no images to draw from")
     device = torch.device(device)
+    if resident and device.type != "cuda":
+        raise ValueError(f"--record records CUDA steps, and the device is {device}: leave it out")
     if device.type == "cpu" or images.nbytes <= free_memory(device) / 2:
         images = images.to(device)
     elif resident:
@@ -292,6 +316,14 @@ def batches(images, m, device="cpu", resident=False):
 
 
 # ---- Images out --------------------------------------------------------------------------------------------------
+
+def run_folder(script, settings):
+    """Where a run's images go: OUT, or runs/SCRIPT-DATASET-DIGIT, by its settings out, dataset and digit"""
+    name = f"{script}-{Path(settings.dataset).expanduser().resolve().name}"
+    if settings.digit is not None:
+        name += f"-{settings.digit}"
+    return Path(settings.out or f"runs/{name}").expanduser()
+
 
 @contextlib.contextmanager
 def replacing(path):
@@ -322,19 +354,31 @@ def save_images(x, path):
         _picture(grid[:x.shape[1]]).save(file, format="PNG")   # make_grid makes three channels of one
 
 
-def save_each(x, folder, first=0, dataset=None):
-    """Every image of x, (n, C, H, W) in [-1, 1], as folder/000000.png, ..., counted from first. The border that
-    load_images gave the 28x28 sets at size 32 is taken off again"""
-    if DATASETS.get(dataset, (None, 3))[1] == 1 and x.shape[-1] == 32:
-        x = x[..., 2:-2, 2:-2]
-    for i, image in enumerate(x, first):
-        _picture(image).save(Path(folder) / f"{i:06d}.png")
+def save_each(batches, n, path, dataset=None):
+    """The first n images of batches, (m, C, H, W) in [-1, 1], as 000000.png, ... in the new folder PATH/generated,
+    or, if PATH is the file of a checkpoint, in PATH without its ending; returns the folder.
+    The border that load_images gave the 28x28 sets at size 32 is taken off.  ValueError for n < 1, OSError if the
+    folder is there already"""
+    if n < 1:
+        raise ValueError(f"--generate must be at least 1, not {n}")
+    path = Path(path)
+    folder = path / "generated" if path.is_dir() else path.with_suffix("")
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already: rename or remove it, then generate again")
+    folder.mkdir()
+    images = (image for x in batches for image in x)
+    for i, image in enumerate(itertools.islice(images, n)):
+        if channels_of(dataset) == 1 and image.shape[-1] == 32:
+            image = image[..., 2:-2, 2:-2]
+        _picture(image).save(folder / f"{i:06d}.png")
+    return folder
 
 
-def save_animation(paths, path):
-    """A GIF of the pictures at paths: at most 100 of them, evenly spread, at most 512 pixels wide, of one size.
-    Missing ones are left out; without any there is no GIF"""
-    paths = [path for path in paths if Path(path).exists()]
+def save_animation(folder):
+    """training.gif in a run's folder: its pictures 000100.png, ..., at most 100 of them, evenly spread, at most 512
+    pixels wide, of one size. Without any there is no GIF"""
+    paths = [path for path in Path(folder).glob("*.png") if path.stem.isdecimal()]
+    paths.sort(key=lambda path: int(path.stem))
     if not paths:
         return
     paths = [paths[round(i)] for i in np.linspace(0, len(paths) - 1, min(len(paths), 100))]
@@ -346,6 +390,53 @@ def save_animation(paths, path):
         with Image.open(each) as image:
             method = Image.Resampling.NEAREST if image.width < size[0] else Image.Resampling.BOX
             frames.append(image.resize(size, method))
-    with replacing(path) as file:
+    with replacing(Path(folder, "training.gif")) as file:
         frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], loop=0,
                        duration=[100] * (len(frames) - 1) + [2000])
+
+
+def save_curve(rows, folder):
+    """curve.png: every column of rows over the first, one panel each, and the same numbers as log.csv
+
+    rows  one dict for each point, all with the same keys: step, seconds, ...  ValueError if a number is not finite
+    """
+    for name, value in rows[-1].items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value} at step {rows[-1]['step']}; what was saved before is kept: try a "
+                             f"smaller --lr with another --out")
+    names = [name for name in rows[0] if name not in ("step", "seconds", "images")]
+    picture = Image.new("RGB", (640, 180 * len(names)), "white")
+    for i, name in enumerate(names):
+        _panel(picture, 180 * i, name, [row["step"] for row in rows], [row[name] for row in rows])
+    with replacing(Path(folder, "curve.png")) as file:
+        picture.save(file, format="PNG")
+    with replacing(Path(folder, "log.csv")) as file:
+        for row in [rows[0], *map(dict.values, rows)]:
+            file.write((",".join(map(str, row)) + "\n").encode())
+
+
+def _panel(picture, top, name, xs, ys):
+    """A curve with axes and numbers on the 180 rows of pixels from top"""
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default()
+    left, right, upper, lower = 70, picture.width - 20, top + 24, top + 154
+    (x0, x1), (y0, y1) = ((min(each), max(each)) for each in ((0, *xs), ys))
+    y0, y1 = (y0, y1) if y0 < y1 else (y0 - 1, y1 + 1)
+
+    def at(x, y):
+        return left + (x - x0) / (x1 - x0) * (right - left), lower - (y - y0) / (y1 - y0) * (lower - upper)
+    draw.text((left, top + 6), name, "black", font)
+    for x in _ticks(x0, x1):
+        draw.line([at(x, y0), at(x, y1)], "#dddddd")
+        draw.text((at(x, y0)[0], lower + 4), f"{x:g}", "black", font, anchor="ma")
+    for y in _ticks(y0, y1):
+        draw.line([at(x0, y), at(x1, y)], "#dddddd")
+        draw.text((left - 6, at(x0, y)[1]), f"{y:.6g}", "black", font, anchor="rm")
+    draw.rectangle([left, upper, right, lower], outline="black")
+    draw.line([at(x, y) for x, y in zip(xs, ys)], "#1f4e79", 2)
+
+
+def _ticks(low, high):
+    """Some round numbers from low to high"""
+    size = 10.0 ** math.floor(math.log10((high - low) / 2))
+    size = next(size * k for k in (1, 2, 5, 10) if (high - low) / (size * k) <= 6)
+    return [k * size for k in range(math.ceil(low / size), math.floor(high / size) + 1)]

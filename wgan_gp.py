@@ -17,27 +17,21 @@ Differs from the paper, or from its authors' code:
 - β₁ = 0, as Algorithm 1 says; 0.5 in appendix E and in most of the authors' scripts.
 Measured: `python wgan_gp.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 12 min, estimate from 31 to 0.46.
 """
-import argparse
-import contextlib
-import inspect
-import math
-import os
-import pickle
 import re
-import signal
-import threading
-import time
-import warnings
-from datetime import timedelta
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from contextlib import ExitStack
+from inspect import getsource, signature
 from pathlib import Path
+from pickle import UnpicklingError
+from signal import SIGINT, SIGTERM, signal
+from time import perf_counter
 
 import torch
-from torch import nn
-
-from common import batches, channels_of, load_images, replacing, save_animation, save_each, save_images
+from torch import cuda, nn
+from common import (batches, channels_of, find_device, load_images, replacing, run_folder, save_animation,
+                    save_curve, save_each, save_images)
 
 # ---- Networks: 4x4 kernels, as in DCGAN; from 4x4 pixels on every layer doubles or halves the image --------------
-
 class Generator(nn.Sequential):
     """G(z): latents -> images in [-1, 1].  (m, nz) -> (m, channels, size, size).  ValueError for another size"""
     def __init__(self, nz=100, channels=1, size=32, width=16):
@@ -55,8 +49,6 @@ class Generator(nn.Sequential):
 class Critic(nn.Sequential):
     """D(x): images -> scores.  (m, channels, size, size) -> (m,).  No batch norm (§4): D(x) depends on x alone"""
     def __init__(self, channels=1, size=32, width=16):
-        if size not in (16, 32, 64, 128, 256):
-            raise ValueError(f"--size must be 16, 32, 64, 128 or 256, not {size}")
         n = width
         layers = [nn.Conv2d(channels, n, 4, 2, 1), nn.LeakyReLU(0.2)]               # (m, n, size/2, size/2)
         while n < width * size // 8:
@@ -66,7 +58,6 @@ class Critic(nn.Sequential):
 
 
 # ---- The norm in the penalty (§4) --------------------------------------------------------------------------------
-
 def grad_norm(D, x):
     """‖∇_x D(x)‖₂ of every image x, itself differentiable.  (m, C, H, W) -> (m,)"""
     x = x.detach().requires_grad_()
@@ -77,7 +68,6 @@ def grad_norm(D, x):
 
 
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------------
-
 def train(
     # Algorithm 1: "default values of λ = 10, n_critic = 5, α = 0.0001, β₁ = 0, β₂ = 0.9"
     lam=10.0,               # λ         weight of the gradient penalty
@@ -101,22 +91,26 @@ def train(
     device="auto",          #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
+    keep=False,             #           keep every checkpoint beside its picture: 000100.pt, 000200.pt, ...
     record=False,           #           CUDA: record one step as a graph and replay it
 ):
-    """Algorithm 1.  Returns G, D.  ValueError or OSError, one sentence, for settings or files that do not fit;
-    KeyboardInterrupt after Ctrl-C, when everything is saved"""
-    config, device, out = start(locals())
-    G = Generator(nz, config["channels"], size, width).to(device, memory_format=torch.channels_last)
-    D = Critic(config["channels"], size, width).to(device, memory_format=torch.channels_last)
+    """Algorithm 1.  Returns G, D.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
+    if min(n_critic, nz, width, steps, save_every) < 1:
+        raise ValueError("n_critic, nz, width, steps and save_every must be at least 1")
+    device, channels, dataset = find_device(device), channels_of(dataset, channels), str(dataset)
+    config = Namespace(**locals())
+    torch.manual_seed(seed)
+    fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
+    G = Generator(nz, channels, size, width).to(device, memory_format=torch.channels_last)
+    D = Critic(channels, size, width).to(device, memory_format=torch.channels_last)
     theta, w = list(G.parameters()), list(D.parameters())
     opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), fused=True, capturable=record)
     opt_D = torch.optim.Adam(w, lr, (beta1, beta2), fused=True, capturable=record)
-    images = load_images(dataset, digit, size, root, config["channels"])
-    P_r = batches(images, batch_size, device, resident=record)
-    save_images(next(P_r)[:64], out / "real.png")
-    log = {}
+    run = Run(config, fixed_z, G=G, D=D, opt_G=opt_G, opt_D=opt_D)
+    P_r = batches(load_images(dataset, digit, size, root, channels), batch_size, device, resident=record)
+    save_images(next(P_r)[:64], run.out / "real.png")
 
-    for step in run(config, out, log, G=G, D=D, opt_G=opt_G, opt_D=opt_D):  #  1: while θ has not converged do
+    for step in run:                                          #  1: while θ has not converged do
         for _ in range(n_critic):                             #  2:   for t = 1, ..., n_critic do
                                                               #  3:     for i = 1, ..., m do   (batch dimension)
             x = next(P_r)                                     #  4:       sample real data x ~ P_r,
@@ -125,10 +119,8 @@ def train(
             with torch.no_grad():
                 x_tilde = G(z)                                #  5:       x_tilde ← G_θ(z)
             x_hat = eps * x + (1 - eps) * x_tilde             #  6:       x_hat ← ε x + (1 − ε) x_tilde
-            # One pass for both scores is faster, and without batch norm no image sees another.
-            D_x_tilde, D_x = D(torch.cat([x_tilde, x])).chunk(2)
             penalty = (grad_norm(D, x_hat) - 1) ** 2
-            L = D_x_tilde - D_x + lam * penalty               #  7:       L ← D_w(x_tilde) − D_w(x)
+            L = D(x_tilde) - D(x) + lam * penalty             #  7:       L ← D_w(x_tilde) − D_w(x)
                                                               #               + λ (‖∇_x_hat D_w(x_hat)‖₂ − 1)²
                                                               #  8:     end for
             opt_D.zero_grad()
@@ -140,248 +132,146 @@ def train(
         opt_G.zero_grad()
         L_G.mean().backward(inputs=theta)                     # 12:   θ ← Adam(∇_θ 1/m Σ −D_w(G_θ(z)), θ, α, β₁, β₂)
         opt_G.step()
-        log.update(L_D=L.mean(), L_G=L_G.mean(), penalty=penalty.mean(), wasserstein=(lam * penalty - L).mean())
+        run.log(wasserstein=(lam * penalty - L).mean(), L_D=L.mean(), L_G=L_G.mean(), penalty=penalty.mean())
                                                               # 13: end while
     return G, D
 
 
 # ---- The run: the same in every script; nothing below is in the paper --------------------------------------------
-
 SCRIPT = Path(__file__).stem
+MAY_CHANGE = {"steps", "save_every", "keep", "record", "device", "root", "out"}     # when a run goes on
 
 
-def start(config):
-    """The settings of train(), checked before anything is loaded or written -> (config, device, run folder)"""
-    config = {name: str(it) if isinstance(it, (Path, torch.device)) else it for name, it in config.items()}
-    for name, value in config.items():
-        if type(value) not in (bool, int, float, str, type(None)):      # numpy's: the checkpoint could not be read
-            raise ValueError(f"{flag(name)} must be a plain Python number or string, not a {type(value).__name__}")
-    config["script"], dataset = SCRIPT, os.path.expanduser(config["dataset"])
-    config["channels"] = channels_of(dataset) if config["channels"] is None else config["channels"]
-    least = dict.fromkeys("steps batch_size save_every n_critic nz width channels".split(), 1)
-    least |= dict.fromkeys("lr beta1 beta2 lam pt margin pretrain".split(), 0)
-    least |= dict.fromkeys("abc", -2**31) if "a" in config else {"c": 0}     # LSGAN's labels, WGAN's bound
-    for name in config.keys() & least.keys():
-        below = 1 if name.startswith("beta") else 2**31
-        if not least[name] <= config[name] < below:
-            raise ValueError(f"{flag(name)} must be at least {least[name]} and below {below}, not {config[name]}")
-    device, out = find_device(config["device"]), run_folder(config["out"], dataset, config["digit"])
-    if out.is_dir() and Path(dataset).is_dir() and out.samefile(dataset):
-        raise ValueError(f"--out {out} is the folder of the images: name another folder")
-    if config["record"] and device.type != "cuda":
-        raise ValueError(f"--record records CUDA steps, and the device is {device}: leave it out")
-    if config["record"] and (config.get("authors_loop") or config.get("pretrain")):
-        raise ValueError("--record repeats one step: leave it out with --authors-loop or --pretrain")
-    saved = read(out)
-    for name in config if saved else ():
-        old, new = saved["config"].get(name), config[name]
-        if old != new and name not in ("steps", "device", "out", "root", "save_every", "record"):
-            raise ValueError(f"{out} was trained {given(name, old)}, not {given(name, new)}: "
-                             f"give the same to continue, or name another folder with --out")
-    print(f"device: {device}\nrun folder: {out}", flush=True)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    torch.manual_seed(config["seed"] % 2**63)
-    return config, device, out
+class Run:
+    """for step in run: the steps left to do, from 1 on.  parts: what has a state_dict; it is restored and saved"""
+    def __init__(self, config, fixed_z, **parts):
+        self.config, self.fixed_z, self.parts = config, fixed_z, parts
+        self.settings = {key: it for key, it in vars(config).items() if key not in MAY_CHANGE}
+        self.out = run_folder(SCRIPT, config)
+        self.step, self.time, self.rows, self.states = 0, 0.0, [], []
+        self.random = [torch, cuda] if fixed_z.is_cuda else [torch]
+        self.sums = {}
+        if Path(self.out, "checkpoint.pt").exists():
+            saved = read(self.out)
+            for name, old in saved["settings"].items() - self.settings.items():
+                raise ValueError(f"{self.out} has {name} {old}, not {vars(config)[name]}: name another --out")
+            for name, part in parts.items():
+                saved[name].pop("param_groups", None)       # the same, but for what this device needs
+                part.load_state_dict(part.state_dict() | saved[name])
+            self.step, self.time, self.rows, self.states = saved["run"]
+        print(f"device: {fixed_z.device}\nrun folder: {self.out}\n{self.step} of {config.steps} steps are done")
+
+    def __iter__(self):
+        config, first, stop = self.config, self.step, []
+        self.saved, self.begin = self.step, perf_counter() - self.time
+        for each, state in zip(self.random, self.states):
+            each.set_rng_state(state)
+        with ExitStack() as stack:
+            stack.callback(save_animation, self.out)
+            for each in SIGINT, SIGTERM:
+                before = signal(each, lambda *_: stop.append(True))
+                stack.callback(signal, each, before)
+            for self.step in range(first + 1, config.steps + 1):
+                yield from self.recorded(first) if config.record else [self.step]
+                if stop or self.step == config.steps or self.step % config.save_every == 0:
+                    self.save()
+                    if stop:
+                        raise KeyboardInterrupt
+
+    def recorded(self, first):
+        """--record: three steps run on a side stream; the fourth is recorded there, and from then on replayed"""
+        number = self.step - first
+        if number == 1:
+            self.graph, self.stream = cuda.CUDAGraph(), cuda.Stream()
+        context = cuda.stream(self.stream)
+        if number == 4:
+            context = cuda.graph(self.graph, stream=self.stream)
+        if number <= 4:
+            cuda.synchronize()
+            with context:
+                yield self.step
+            cuda.synchronize()
+        if number >= 4:
+            self.graph.replay()
+
+    def log(self, **losses):
+        """Adds up a step's losses, scalar tensors; a row of the log has their means"""
+        for name, loss in losses.items():
+            self.sums.setdefault(name, torch.zeros_like(loss)).add_(loss.detach())
+
+    def save(self):
+        """A line, a row, the pictures, and when all these are there, the checkpoint"""
+        count, self.saved = self.step - self.saved, self.step
+        means = {name: total.item() / count for name, total in self.sums.items()}
+        for total in self.sums.values():
+            total.zero_()
+        self.time = perf_counter() - self.begin
+        left = self.time * (self.config.steps / self.step - 1) / 60
+        losses = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+        speed = f"{self.step / self.time:.1f} steps/s  {left:.0f} min left"
+        print(f"step {self.step}/{self.config.steps}  {losses}  {speed}", flush=True)
+        self.rows.append(dict(step=self.step, seconds=self.time, **means))
+        save_curve(self.rows, self.out)                     # ValueError if a loss is not finite
+        G = self.parts["G"].eval()                          # by running statistics an image depends on its z alone
+        save_images(G(self.fixed_z), self.out / f"{self.step:06d}.png")
+        G.train()
+        saved = {name: part.state_dict() for name, part in self.parts.items()}
+        states = [each.get_rng_state() for each in self.random]
+        saved |= dict(settings=self.settings, run=(self.step, self.time, self.rows, states))
+        for name in (f"{self.step:06d}.pt", "checkpoint.pt"):
+            if self.config.keep or name == "checkpoint.pt":
+                with replacing(self.out / name) as file:
+                    torch.save({SCRIPT: saved}, file)
 
 
-def flag(name):
-    """A setting's name on the command line"""
-    return "--" + name.replace("_", "-")
-
-
-def given(name, value):
-    """How a setting was given on the command line"""
-    if value is None or value is False:
-        return f"without {flag(name)}"
-    return f"with {flag(name)}" + ("" if value is True else f" {value}")
-
-
-def find_device(name):
-    """"auto", or what torch.device takes -> torch.device.  ValueError if it is not on this machine"""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+def read(path):
+    """The checkpoint in a run folder, or a file that --keep wrote.  OSError or ValueError without a good one"""
+    if Path(path).is_dir():
+        path = Path(path, "checkpoint.pt")
     try:
-        probe = torch.ones(1, device=name)
-        probe.item()
-        return probe.device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} is not on this machine ({reason}): use --device cpu") from error
+        return torch.load(path, map_location="cpu", weights_only=True)[SCRIPT]
+    except (RuntimeError, EOFError, LookupError, TypeError, UnpicklingError):
+        raise ValueError(f"{path} is damaged, or not of {SCRIPT}.py: name another --out")
 
 
-def run_folder(out, dataset, digit):
-    """OUT, or runs/SCRIPT-DATASET-DIGIT"""
-    name = [SCRIPT, Path(os.path.expanduser(dataset)).resolve().name, *([] if digit is None else [str(digit)])]
-    return Path(os.path.expanduser(out or Path("runs", "-".join(name))))
-
-
-def read(out):
-    """The checkpoint in the folder out, None if there is none.  ValueError if it is damaged or another script's"""
-    path = Path(out, "checkpoint.pt")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # about foreign pickles, which the sentence below is about
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        script, _ = saved["config"]["script"], saved["step"]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except PermissionError:
-        raise
-    except (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError,
-            pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint: remove it, or name another --out") from error
-    if script != SCRIPT:
-        raise ValueError(f"{path} was written by {script}.py, not {SCRIPT}.py: name another folder with --out")
-    return saved
-
-
-def images_seen(config, steps):
-    """Real images drawn for D in so many steps"""
-    updates = steps * config.get("n_critic", 1)
-    if config.get("authors_loop"):
-        updates += (100 - config["n_critic"]) * (min(steps, 25) + max(steps - 1, 0) // 500)
-    return updates * config["batch_size"]
-
-
-def run(config, out, log, **state):
-    """Yields the steps left to do. Around them it restores, logs, saves, shows progress and obeys Ctrl-C.
-
-    log    the losses of a step by name, scalar tensors, put in by the loop; a row is their mean since the last row
-    state  everything with a state_dict, by its name in the checkpoint
-    ValueError if a loss or weight is not finite; KeyboardInterrupt after SIGINT or SIGTERM, once all is saved.
-    """
-    G, steps, device = state["G"], config["steps"], next(state["G"].parameters()).device
-    fixed_z = torch.randn(64, config["nz"], generator=torch.Generator().manual_seed(0)).to(device)
-    random = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
-    total, count, rows, first, seconds, saved = {}, 0, [], 0, 0.0, read(out)
-    if saved:
-        rows, first, seconds = saved["log"], saved["step"], saved["seconds"]
-        for name, part in state.items():
-            if "param_groups" in saved[name]:   # equal settings, but fused and capturable are for this device
-                saved[name]["param_groups"] = part.state_dict()["param_groups"]
-            part.load_state_dict(saved[name])
-        for module, rng in zip(random, saved["rng"]):
-            module.set_rng_state(rng)
-        print(f"{first} of {steps} steps are done: {'continuing' if first < steps else 'finished'}", flush=True)
-    graph, side = (torch.cuda.CUDAGraph(), torch.cuda.Stream()) if config["record"] else (None, None)
-    stop, handlers, good, begin = [], {}, first, time.perf_counter()
-    shown = begin
-    if threading.current_thread() is threading.main_thread():
-        handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for step in range(first, steps):
-            # --record: three steps run on a side stream; the fourth is recorded there, and from then on replayed.
-            context = contextlib.nullcontext()
-            if graph and step < first + 4:
-                torch.cuda.synchronize()
-                context = torch.cuda.stream(side) if step < first + 3 else torch.cuda.graph(graph, stream=side)
-            if not graph or step < first + 4:
-                with context:
-                    yield step
-                    for name, value in log.items():
-                        if name not in total:
-                            total[name] = torch.zeros_like(value)
-                        total[name] += value.detach()
-            if graph:
-                torch.cuda.synchronize() if step < first + 3 else graph.replay()
-
-            count, done, last = count + 1, step + 1, step + 1 == steps or bool(stop)
-            save = last or done % config["save_every"] == 0
-            if not save and time.perf_counter() - shown < 5:
-                continue
-            means = {name: value.item() / count for name, value in total.items()}
-            broken = [name for name, value in means.items() if not math.isfinite(value)]
-            broken += [name for name in "GD"
-                       if not all(value.isfinite().all() for value in state[name].state_dict().values())]
-            if broken:
-                kept = f"{out} keeps the checkpoint of step {good}" if good else "there is no checkpoint yet"
-                raise ValueError(f"{', '.join(broken)} not finite at step {done} ({kept}): try a smaller --lr"
-                                 + ", with another --out" * bool(good))
-            shown = now = time.perf_counter()   # after item(): the device has done what was asked of it
-            speed = (images_seen(config, done) - images_seen(config, first)) / (now - begin)
-            left = timedelta(seconds=round((images_seen(config, steps) - images_seen(config, done)) / speed))
-            print(f"step {done}/{steps}", *(f"{name} {value:.4g}" for name, value in means.items()),
-                  f"{speed:.0f} images/s, {left} left", sep="  ", flush=True)
-            if save:
-                with torch.no_grad():           # by running statistics: an image depends on its own z alone
-                    save_images(G.eval()(fixed_z), out / f"{done:06d}.png")
-                G.train()
-                rows = rows or [["step", "images", "seconds", *means]]
-                rows.append([done, images_seen(config, done), round(seconds + now - begin, 1), *means.values()])
-                if last:
-                    save_animation([out / f"{row[0]:06d}.png" for row in rows[1:]], out / "training.gif")
-                with replacing(out / "log.csv") as file:
-                    file.writelines((",".join(map(str, row)) + "\n").encode() for row in rows)
-                with replacing(out / "checkpoint.pt") as file:      # the last: a finished run has all its files
-                    torch.save(dict(step=done, config=config, seconds=seconds + now - begin, log=rows,
-                                    rng=[module.get_rng_state() for module in random],
-                                    **{name: part.state_dict() for name, part in state.items()}), file)
-                good, count = done, 0
-                for value in total.values():
-                    value.zero_()
-            if last and done < steps:
-                raise KeyboardInterrupt
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def load(out):
-    """The generator of a run folder, ready to be called: z (n, nz), N(0, 1) -> images (n, C, H, W) in [-1, 1].
-    On the CPU, with batch norm's running statistics.  ValueError if the folder has no (good) checkpoint"""
-    saved = read(out)
-    if saved is None:
-        raise ValueError(f"there is no checkpoint.pt in {out}: train first, or name a run folder with --out")
-    G = Generator(*(saved["config"][name] for name in ("nz", "channels", "size", "width")))
+def load(path):
+    """The generator of such a checkpoint, on the CPU: z ~ N(0, 1), (n, nz) -> images in [-1, 1], (n, C, H, W)"""
+    saved = read(path)
+    G = Generator(*(saved["settings"][name] for name in ("nz", "channels", "size", "width")))
     G.load_state_dict(saved["G"])
     return G.eval().requires_grad_(False)
 
 
-def generate(out, n, device="auto", seed=0):
-    """Writes n images of the run in the folder out as OUT/generated/000000.png, ... and returns that folder.
-    Image i depends on seed and i alone; PNGs that were there are removed.  ValueError for n < 1 or no checkpoint"""
-    if n < 1:
-        raise ValueError(f"--generate must be at least 1, not {n}")
-    device, G, config, folder = find_device(device), load(out), read(out)["config"], Path(out, "generated")
-    G, noise = G.to(device), torch.Generator().manual_seed(seed % 2**63)
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
-    for first in range(0, n, 64):
-        z = torch.randn(64, config["nz"], generator=noise).to(device)
-        save_each(G(z)[:n - first], folder, first, config["dataset"])
-    return folder
+def generate(path, n, device="auto", seed=0):
+    """Writes n images of such a checkpoint, image i by seed and i alone, and returns their new folder"""
+    settings, device = read(path)["settings"], find_device(device)
+    G, noise = load(path).to(device), torch.Generator().manual_seed(seed)
+    z = (torch.randn(64, settings["nz"], generator=noise) for _ in range(0, n, 64))
+    return save_each((G(each.to(device)) for each in z), n, path, settings["dataset"])
 
 
 def main(argv=None):
-    """The command line.  SystemExit: 2, with one sentence, after an error of the user's; 130 after Ctrl-C"""
-    parser = argparse.ArgumentParser(prog=Path(__file__).name, description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {' '.join(message.split())}\n")
-    notes = dict(re.findall(r"^    (\w+).*?=.*?,  +# (.*)$", inspect.getsource(train), re.MULTILINE))
-    for name, setting in inspect.signature(train).parameters.items():
-        kind = type(setting.default) if setting.annotation is setting.empty else setting.annotation
-        value = dict(action="store_true") if kind is bool else dict(type=kind, metavar=kind.__name__.upper())
-        note = " ".join(notes[name].split()).replace("%", "%%")
-        note += "" if setting.default is None or kind is bool else f" (default: {setting.default})"
-        parser.add_argument(flag(name), default=setting.default, help=note, **value)
-    parser.add_argument("--generate", type=int, metavar="N", help="instead of training, write N images "
-                        "from the checkpoint into OUT/generated; another --seed, other images")
-    settings = vars(parser.parse_args(argv))
-    n = settings.pop("generate")
+    """The command line.  SystemExit: 2 after a user's mistake, with one sentence; 130 after Ctrl-C"""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: {message}\n")
+    comments = dict(re.findall(r"^    (\w+).*?,  +# (.*)$", getsource(train), re.M))
+    for name, setting in signature(train).parameters.items():
+        kind = setting.annotation if setting.default is None else type(setting.default)
+        how = dict(action="store_true") if kind is bool else dict(type=kind)
+        how |= dict(default=setting.default, help=f"{comments[name]} ({setting.default})")
+        parser.add_argument("--" + name.replace("_", "-"), **how)
+    parser.add_argument("--generate", type=int, metavar="N", help="no training: N images of the run in OUT")
+    args = parser.parse_args(argv)
+    n = vars(args).pop("generate")
     try:
         if n is None:
-            train(**settings)
+            train(**vars(args))
         else:
-            out = run_folder(settings["out"], settings["dataset"], settings["digit"])
-            print(f"{n} images in {generate(out, n, settings['device'], settings['seed'])}")
+            generate(run_folder(SCRIPT, args), n, args.device, args.seed)
     except (ValueError, OSError) as error:
-        parser.error(str(error) + (": try another --out or --root" if getattr(error, "errno", None) else ""))
+        parser.error(error)
     except KeyboardInterrupt:
-        then = "the same command continues from what is saved" if n is None else "not all images are there"
-        parser.exit(130, f"{parser.prog}: stopped; {then}\n")
+        parser.exit(130, f"{SCRIPT}.py: stopped; the same command goes on\n")
 
 
 if __name__ == "__main__":
