@@ -341,7 +341,9 @@ def replacing(path):
 
 
 def _picture(x):
-    """(C, H, W) in [-1, 1] -> a Pillow image; the inverse of what batches does"""
+    """(C, H, W) in [-1, 1] -> a Pillow image; the inverse of what batches does.  ValueError if it is not finite"""
+    if not x.isfinite().all():
+        raise ValueError("an image is nan; what was saved before is kept: try a smaller --lr, another --out")
     pixels = ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
     return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy())
 

@@ -227,13 +227,13 @@ class Run:
 
 
 def read(path):
-    """The checkpoint in a run folder, or a file that --keep wrote.  OSError or ValueError without a good one"""
+    """The checkpoint in a run folder, or a file that --keep wrote.  ValueError if there is no good one"""
     if Path(path).is_dir():
         path = Path(path, "checkpoint.pt")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)[SCRIPT]
-    except (RuntimeError, EOFError, LookupError, TypeError, UnpicklingError):
-        raise ValueError(f"{path} is damaged, or not of {SCRIPT}.py: name another --out")
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, UnpicklingError):
+        raise ValueError(f"{path} is missing, damaged or not of {SCRIPT}.py: name another --out")
 
 
 def load(path):
@@ -262,7 +262,7 @@ def main(argv=None):
         how = dict(action="store_true") if kind is bool else dict(type=kind)
         how |= dict(default=setting.default, help=f"{comments[name]} ({setting.default})")
         parser.add_argument("--" + name.replace("_", "-"), **how)
-    parser.add_argument("--generate", type=int, metavar="N", help="no training: N images of the run in OUT")
+    parser.add_argument("--generate", type=int, metavar="N", help="N images of the run in OUT")
     args = parser.parse_args(argv)
     n = vars(args).pop("generate")
     try:

@@ -139,7 +139,7 @@ class Discriminator(nn.Module):
 def schedule(images_shown, size=1024, kimg=800.0):
     """A.1: 4x4 for kimg thousand images; then each resolution up to size is faded in during as many, and stabilised
     during as many.  Images shown to D so far -> (resolution, alpha): alpha from 0 while it fades in, then 1.0"""
-    length = round(1000 * kimg)                                 # images per phase: 4, fade 8, 8, fade 16, 16, ...
+    length = max(1, round(1000 * kimg))                         # images per phase: 4, fade 8, 8, fade 16, 16, ...
     phase, shown = divmod(images_shown, length)
     if phase > 2 * (size.bit_length() - 3):
         return size, 1.0
@@ -154,8 +154,7 @@ def fade(x, alpha):
 def grad_norm(D, x, resolution, alpha):
     """‖∇_x D(x)‖₂ of every image x, itself differentiable.  (m, C, H, W) -> (m,)"""
     x = x.detach().requires_grad_()
-    # By the minibatch standard deviation an image has an effect on all scores. So the gradient of the summed
-    # scores, which the authors take too, is not image by image that of the image's own score.
+    # By the minibatch standard deviation an image has an effect on all scores; the authors sum them, too.
     (grad,) = torch.autograd.grad(D(x, resolution, alpha).sum(), x, create_graph=True)
     return torch.linalg.vector_norm(grad, dim=(1, 2, 3))        # unlike sqrt(sum of squares), not nan at grad = 0
 
@@ -206,14 +205,14 @@ def train(
     if size is None:
         size = 32 if dataset in DATASETS else 1024
     config = Namespace(**locals())
-    counts = steps, batch_size, size, nz, fmap_base, fmap_max, save_every, 1000 * kimg
-    if min(count for count in counts if count is not None) < 1 or gamma <= 0:
-        raise ValueError("all counts and 1000 kimg must be at least 1, and gamma above 0")
+    for name in "steps batch_size size nz fmap_base fmap_max save_every kimg gamma".split():
+        if vars(config)[name] is not None and vars(config)[name] <= 0:
+            raise ValueError(f"{name} must be above 0, not {vars(config)[name]}")
     torch.manual_seed(seed)
     fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
     G = Generator(size, channels, fmap_base, fmap_max, nz).to(device, memory_format=torch.channels_last)
     D = Discriminator(size, channels, fmap_base, fmap_max).to(device, memory_format=torch.channels_last)
-    G_ema = copy.deepcopy(G)
+    G_ema = copy.deepcopy(G).requires_grad_(False)
     theta, w = list(G.parameters()), list(D.parameters())
     opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), eps=1e-8, fused=True)
     opt_D = torch.optim.Adam(w, lr, (beta1, beta2), eps=1e-8, fused=True)
@@ -250,16 +249,14 @@ def train(
         L.mean().backward(inputs=w)
         average_gradients(w)
         opt_D.step()                                                # A.1     w ← Adam(∇_w 1/m Σ L, w, α, β₁, β₂)
-
         z = torch.randn(len(x), nz, device=device)                  # A.1     n_critic = 1: now G's turn
         L_G = -D(G(z, resolution, alpha), resolution, alpha)
         opt_G.zero_grad()
         L_G.mean().backward(inputs=theta)
         average_gradients(theta)
         opt_G.step()                                                # A.1     θ ← Adam(∇_θ 1/m Σ −D(G(z)), θ, ...)
-        with torch.no_grad():
-            for average, now in zip(G_ema.parameters(), theta):
-                average.lerp_(now, 1 - ema)                         # A.1     θ_ema ← 0.999 θ_ema + 0.001 θ
+        for average, now in zip(G_ema.parameters(), theta):
+            average.lerp_(now.detach(), 1 - ema)                    # A.1     θ_ema ← 0.999 θ_ema + 0.001 θ
 
         run.images += world * len(x)
         then = G.grown = G_ema.grown = schedule(run.images, size, kimg)
@@ -282,10 +279,10 @@ class Run:
         self.config, self.fixed_z, self.parts = config, fixed_z, parts
         self.settings = {key: it for key, it in vars(config).items() if key not in MAY_CHANGE}
         self.out = run_folder(SCRIPT, config)
-        self.step, self.images, self.time, self.rows, self.states = 0, 0, 0.0, [], []
+        self.step = self.images = self.time = 0
+        self.rows, self.states, self.sums = [], [], {}
         self.random = [torch, cuda] if fixed_z.is_cuda else [torch]
         self.rank, self.world = processes(fixed_z.device)
-        self.sums = {}
         if Path(self.out, "checkpoint.pt").exists():
             saved = read(self.out)
             for name, old in saved["settings"].items() - self.settings.items():
@@ -301,7 +298,7 @@ class Run:
     def __iter__(self):
         config, first, stop = self.config, self.step, []
         self.saved, self.begin = self.step, perf_counter() - self.time
-        for each, state in zip(self.random, dict(enumerate(self.states)).get(self.rank, [])):
+        for each, state in zip(self.random, (self.states + [[]] * self.world)[self.rank]):
             each.set_rng_state(state)
         with ExitStack() as stack:
             if self.rank == 0:
@@ -311,8 +308,8 @@ class Run:
                 stack.callback(signal, each, before)
             for self.step in range(first + 1, config.steps + 1):
                 yield self.step
-                # Several processes agree, every tenth step: all of them stop or none.
-                halt = stop if self.world == 1 else self.step % 10 == 0 and any(everyones(stop))
+                # All processes stop, or none: they agree at every tenth step.
+                halt = (self.world == 1 or self.step % 10 == 0) and any(everyones(stop))
                 if halt or self.step == config.steps or self.step % config.save_every == 0:
                     self.save()
                     everyones(None)                         # torchrun ends all when one ends: wait for the first
@@ -334,19 +331,18 @@ class Run:
         row = self.place | {name: total.item() / count for name, total in self.sums.items()}
         for total in self.sums.values():
             total.zero_()
-        before, self.time = self.time, perf_counter() - self.begin
-        speed = count / (self.time - before)
-        left = (self.config.steps - self.step) / speed / 60
-        losses = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
-        speed = f"{speed:.1f} steps/s  {left:.0f} min left at this speed"
+        was, self.time = self.time, perf_counter() - self.begin
+        speed = count / (self.time - was)
+        left = (self.config.steps - self.step) / speed / 60     # at this speed; larger images take longer
+        losses = "  ".join(f"{name} {it:.4g}" for name, it in row.items())
+        speed = f"{speed:.1f} steps/s  {left:.0f} min left"
         print(f"step {self.step}/{self.config.steps}  {losses}  {speed}", flush=True)
         self.rows.append(dict(step=self.step, images=self.images, seconds=self.time, **row))
         save_curve(self.rows, self.out)                     # ValueError if a loss is not finite
         G = self.parts["G_ema"]
         side = min(8, 2048 // G.grown[0])                   # more would not fit into the picture
-        with torch.no_grad():
-            images = [G(z) for z in self.fixed_z[:side * side].split(8)]
-        save_images(torch.cat(images), self.out / f"{self.step:06d}.png")
+        x = [G(z) for z in self.fixed_z[:side ** 2].split(8)]
+        save_images(torch.cat(x), self.out / f"{self.step:06d}.png")
         saved = {name: part.state_dict() for name, part in self.parts.items()}
         saved["run"] = self.step, self.time, self.rows, states
         saved |= dict(settings=self.settings, images=self.images)
@@ -358,7 +354,7 @@ class Run:
 
 def processes(device):
     """The number of this process and how many there are: 0 and 1 without torchrun"""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(days=1))         # one may decode images for hours
         atexit.register(dist.destroy_process_group)
@@ -377,22 +373,23 @@ def everyones(it):
 
 
 def read(path):
-    """The checkpoint in a run folder, or a file that --keep wrote.  OSError or ValueError without a good one"""
+    """The checkpoint in a run folder, or a file that --keep wrote.  ValueError if there is no good one"""
     if Path(path).is_dir():
         path = Path(path, "checkpoint.pt")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)[SCRIPT]
-    except (RuntimeError, EOFError, LookupError, TypeError, UnpicklingError):
-        raise ValueError(f"{path} is damaged, or not of {SCRIPT}.py: name another --out")
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, UnpicklingError):
+        raise ValueError(f"{path} is missing, damaged or not of {SCRIPT}.py: name another --out")
 
 
 def load(path):
     """The moving average of such a checkpoint's G, as large as it has grown, on the CPU: z ~ N(0, 1), (n, nz) ->
     images, about in [-1, 1], (n, C, H, W)"""
     saved = read(path)
-    G = Generator(*(saved["settings"][name] for name in ("size", "channels", "fmap_base", "fmap_max", "nz")))
+    settings = saved["settings"]
+    G = Generator(*(settings[name] for name in ("size", "channels", "fmap_base", "fmap_max", "nz")))
     G.load_state_dict(saved["G_ema"])
-    G.grown = schedule(saved["images"], saved["settings"]["size"], saved["settings"]["kimg"])
+    G.grown = schedule(saved["images"], settings["size"], settings["kimg"])
     return G.eval().requires_grad_(False)
 
 
@@ -401,7 +398,8 @@ def generate(path, n, device="auto", seed=0):
     settings, device = read(path)["settings"], find_device(device)
     G, noise = load(path).to(device), torch.Generator().manual_seed(seed)
     z = (torch.randn(64, settings["nz"], generator=noise) for _ in range(0, n, 64))
-    return save_each((G(some.to(device)) for each in z for some in each.split(8)), n, path, settings["dataset"])
+    images = (G(part.to(device)) for each in z for part in each.split(8))
+    return save_each(images, n, path, settings["dataset"])
 
 
 def main(argv=None):
@@ -414,7 +412,7 @@ def main(argv=None):
         how = dict(action="store_true") if kind is bool else dict(type=kind)
         how |= dict(default=setting.default, help=f"{comments[name]} ({setting.default})")
         parser.add_argument("--" + name.replace("_", "-"), **how)
-    parser.add_argument("--generate", type=int, metavar="N", help="no training: N images of the run in OUT")
+    parser.add_argument("--generate", type=int, metavar="N", help="N images of the run in OUT")
     args = parser.parse_args(argv)
     n = vars(args).pop("generate")
     try:

@@ -1,4 +1,5 @@
 """common.py: images in, images out"""
+import argparse
 import gzip
 import os
 import shutil
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 import common
-from common import batches, load_images, pyramid, save_animation, save_each, save_images
+from common import batches, load_images, pyramid, save_animation, save_curve, save_each, save_images
 
 DATA = common.ROOT
 
@@ -352,20 +353,26 @@ def test_batch_size_must_be_positive(m):
 def test_what_goes_out_is_what_came_in(tmp_path):
     for channels in (1, 3):
         images = torch.randint(0, 256, (5, channels, 16, 16), dtype=torch.uint8)
-        x = images.float() / 127.5 - 1
-        save_each(x, tmp_path, first=3)
-        back = [np.asarray(Image.open(tmp_path / f"{i:06d}.png")) for i in range(3, 8)]
-        np.testing.assert_array_equal(np.stack(back).reshape(5, 16, 16, channels).transpose(0, 3, 1, 2), images)
-    beyond = torch.full((1, 1, 4, 4), 7.0)
-    save_each(-beyond, tmp_path)
-    assert not np.asarray(Image.open(tmp_path / "000000.png")).any()
+        folder = save_each((images.float() / 127.5 - 1).split(2), 4, tmp_path / f"{channels}.pt")
+        assert folder == tmp_path / str(channels)           # beside the file of a checkpoint
+        back = [np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(4)]
+        np.testing.assert_array_equal(np.stack(back).reshape(4, 16, 16, channels).transpose(0, 3, 1, 2), images[:4])
+        assert len(list(folder.iterdir())) == 4
+    folder = save_each([torch.full((1, 1, 4, 4), -7.0)], 1, tmp_path)
+    assert folder == tmp_path / "generated" and not np.asarray(Image.open(folder / "000000.png")).any()
+    with pytest.raises(FileExistsError, match="generated is there already"):
+        save_each([torch.zeros(1, 1, 4, 4)], 1, tmp_path)
+    with pytest.raises(ValueError, match="--generate must be at least 1, not 0"):
+        save_each([], 0, tmp_path / "new.pt")
+    with pytest.raises(ValueError, match="nan"):
+        save_each([torch.full((1, 1, 4, 4), float("nan"))], 1, tmp_path / "new.pt")
 
 
 @pytest.mark.parametrize("dataset, size, saved", [("mnist", 32, 28), ("fashion-mnist", 32, 28), ("mnist", 64, 64),
-                                                  ("cifar10", 32, 32), (None, 32, 32), ("photos", 32, 32)])
+                                                  ("cifar10", 32, 32), ("photos", 32, 32)])
 def test_the_border_of_the_28_pixel_sets_comes_off(tmp_path, dataset, size, saved):
-    save_each(torch.zeros(1, 1, size, size), tmp_path, dataset=dataset)
-    assert Image.open(tmp_path / "000000.png").size == (saved, saved)
+    save_each([torch.zeros(1, 1, size, size)], 1, tmp_path, dataset)
+    assert Image.open(tmp_path / "generated" / "000000.png").size == (saved, saved)
 
 
 @pytest.mark.parametrize("n, size, across", [(64, 32, 8), (1, 32, 1), (10, 16, 3), (64, 256, 8), (64, 1024, 2),
@@ -396,16 +403,46 @@ def test_pictures_are_never_half_written(tmp_path, monkeypatch):
 
 
 def test_an_animation_has_at_most_100_frames_of_one_size_at_most_512_wide(tmp_path):
-    paths = []
-    for i in range(250):
-        paths.append(tmp_path / f"{i:06d}.png")
-        Image.new("L", (8, 8) if i < 100 else (1024, 1024), i).save(paths[-1])
-    save_animation(paths[90:], tmp_path / "long.gif")
-    with Image.open(tmp_path / "long.gif") as gif:
+    save_animation(tmp_path)
+    assert not list(tmp_path.iterdir())
+    Image.new("L", (8, 8)).save(tmp_path / "real.png")      # no picture of a step
+    for i in range(160):
+        Image.new("L", (8, 8) if i < 10 else (1024, 1024), i).save(tmp_path / f"{900_000 + 1000 * i:06d}.png")
+    save_animation(tmp_path)
+    with Image.open(tmp_path / "training.gif") as gif:
         assert gif.n_frames == 100 and gif.size == (512, 512) and gif.info["loop"] == 0
-        gif.seek(99)
-        assert abs(gif.convert("L").getpixel((0, 0)) - 249) <= 1
-    save_animation(paths[:1], tmp_path / "short.gif")
-    assert Image.open(tmp_path / "short.gif").size == (8, 8)
-    save_animation([], tmp_path / "none.gif")
-    assert not (tmp_path / "none.gif").exists()
+        gif.seek(99)                                        # the last step, of seven digits, comes last
+        assert abs(gif.convert("L").getpixel((0, 0)) - 159) <= 1
+
+
+def test_a_curve_of_every_column_and_the_same_numbers_as_a_table(tmp_path):
+    rows = [dict(step=100 * i, seconds=0.5 * i, L_D=-float(i), flat=3.0) for i in range(1, 9)]
+    save_curve(rows, tmp_path)
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.size == (640, 360)                   # one panel each
+        upper, lower = (np.asarray(picture.convert("RGB"))[top:top + 180].astype(int) for top in (0, 180))
+    blue = [np.argwhere((abs(panel - (31, 78, 121)) < 9).all(2)) for panel in (upper, lower)]
+    assert np.corrcoef(blue[0].T)[0, 1] > 0.99              # falls: rows of pixels count from the top
+    assert blue[1][:, 0].max() - blue[1][:, 0].min() <= 2
+    assert (tmp_path / "log.csv").read_text().splitlines()[:2] == ["step,seconds,L_D,flat", "100,0.5,-1.0,3.0"]
+    before = (tmp_path / "log.csv").read_bytes()
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"L_D is {bad} at step 900"):
+            save_curve([*rows, dict(step=900, seconds=5.0, L_D=bad, flat=3.0)], tmp_path)
+    assert (tmp_path / "log.csv").read_bytes() == before
+    save_curve(rows[:1], tmp_path)
+
+
+def test_devices_and_run_folders(monkeypatch):
+    assert common.find_device("cpu") == common.find_device(torch.device("cpu")) == torch.device("cpu")
+    for name in ("nothing", "meta", "cuda:77"):
+        with pytest.raises(ValueError, match=f"--device {name} is not on this machine"):
+            common.find_device(name)
+    settings = argparse.Namespace(out=None, dataset="path/to/photos/", digit=None)
+    assert common.run_folder("wgan", settings) == Path("runs/wgan-photos")
+    settings.dataset, settings.digit = "mnist", 0
+    assert common.run_folder("wgan", settings) == Path("runs/wgan-mnist-0")
+    settings.out = "~/here"
+    assert common.run_folder("wgan", settings) == Path("~/here").expanduser()
+    with pytest.raises(ValueError, match="--record records CUDA steps"):
+        batches(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), 2, "cpu", resident=True)

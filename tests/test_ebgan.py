@@ -133,7 +133,7 @@ def test_both_networks_are_initialised_as_dcgan():
 
 # ---- Two whole iterations against numpy ----
 
-SETTINGS = dict(margin=10.0, pt=0.1, lr=1e-3, beta1=0.5, beta2=0.999, batch_size=64, pretrain=0)
+SETTINGS = dict(margin=10.0, pt=0.1, lr=1e-3, beta1=0.5, beta2=0.999, batch_size=64)
 
 
 def pulling_away_and_slope(S):
@@ -146,8 +146,7 @@ def pulling_away_and_slope(S):
 
 
 @pytest.mark.parametrize("changed", [
-    {}, dict(margin=1.2, pt=3.0, lr=0.01, beta1=0.2, beta2=0.8, batch_size=5), dict(margin=1.2, pretrain=2),
-    dict(margin=1.2, pretrain=1)])
+    {}, dict(margin=1.2, pt=3.0, lr=0.01, beta1=0.2, beta2=0.8, batch_size=5)])
 def test_three_iterations_equal_numpy(monkeypatch, changed):
     drawn = Drawn(monkeypatch, ebgan, Generator=LinearGenerator, Discriminator=LinearAutoencoder)
     # {}: the defaults of train() are those that SETTINGS repeats
@@ -165,7 +164,7 @@ def test_three_iterations_equal_numpy(monkeypatch, changed):
         g_E, g_F = 0, 0
         e_x = np.linalg.norm(x @ E.T @ F.T - x, axis=1)
         e_x_tilde = np.linalg.norm(x_tilde @ E.T @ F.T - x_tilde, axis=1)
-        hinge = np.maximum(margin - e_x_tilde, 0) * (step >= k["pretrain"])
+        hinge = np.maximum(margin - e_x_tilde, 0)
         # Image by image: those beyond the margin have no part in the gradient.
         weights = np.concatenate([np.ones(m), -1.0 * (hinge > 0)]) / m
         for image, e, weight in zip(np.concatenate([x, x_tilde]), np.concatenate([e_x, e_x_tilde]), weights):
@@ -180,8 +179,7 @@ def test_three_iterations_equal_numpy(monkeypatch, changed):
         e = np.linalg.norm(x_tilde @ M.T, axis=1)
         rows.append([(e_x + hinge).mean(), e.mean() + k["pt"] * f_PT, e_x.mean(), e_x_tilde.mean(), f_PT])
         down = x_tilde @ M.T @ M / e[:, None] / m + k["pt"] * by_S @ E
-        if step >= k["pretrain"]:
-            A, b = adam["A"].step(A, down.T @ z), adam["b"].step(b, down.sum(0))
+        A, b = adam["A"].step(A, down.T @ z), adam["b"].step(b, down.sum(0))
 
     if "margin" in changed:
         assert 0 < inside[2] < 1                            # the hinge is on for some images and off for others
@@ -194,7 +192,7 @@ def test_three_iterations_equal_numpy(monkeypatch, changed):
     np.testing.assert_allclose(D.E.grad, g_E, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(G.A.grad, down.T @ z, rtol=1e-3, atol=1e-5)
     # Adam hides the scale of a gradient in the weights, not in its second moment.
-    saved = torch.load("run/checkpoint.pt", weights_only=True)
+    saved = ebgan.read("run")
     np.testing.assert_allclose(saved["opt_D"]["state"][0]["exp_avg_sq"], adam["E"].v, rtol=1e-3, atol=1e-9)
     np.testing.assert_allclose(saved["opt_G"]["state"][1]["exp_avg_sq"], adam["b"].v, rtol=1e-3, atol=1e-9)
     # D sees constants, x and x_tilde in passes of their own, then, once, images with a history: code and energy
@@ -212,17 +210,3 @@ def test_beyond_the_margin_generated_images_have_no_part_in_Ds_gradient(monkeypa
     alone = sum(np.outer(F.T @ (F @ E @ x - x) / np.linalg.norm(F @ E @ x - x), x) for x in next(drawn.real())) / 64
     np.testing.assert_allclose(grads[0], alone, rtol=1e-4, atol=1e-6)
     assert abs(grads[1] - alone).max() > 0.01
-
-
-def test_pretraining_leaves_the_generator_and_cannot_be_recorded(monkeypatch):
-    tiny = dict(digit=7, size=16, width=2, nz=4, batch_size=8, device="cpu", pretrain=3, save_every=1, out="run")
-    G, _ = ebgan.train(**tiny, steps=1)
-    first = [p.clone() for p in G.parameters()]
-    G, _ = ebgan.train(**tiny, steps=3)
-    assert all(torch.equal(p, q) for p, q in zip(first, G.parameters()))
-    np.testing.assert_array_equal(*logged("run", "L_D", "energy_real").T)
-    G, _ = ebgan.train(**tiny, steps=4)
-    assert not torch.equal(first[0], next(G.parameters()))
-    monkeypatch.setattr(ebgan, "find_device", lambda _: torch.device("cuda"))
-    with pytest.raises(ValueError, match="--record repeats one step.*leave it out"):
-        ebgan.train(pretrain=1, record=True, out="other")

@@ -104,7 +104,7 @@ def test_two_iterations_equal_numpy(monkeypatch, changed):
     np.testing.assert_allclose(np.append(D.a.grad, D.s.grad), g_w, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(G.A.grad, down.T @ z, rtol=1e-3, atol=1e-6)
     # Adam hides the scale of a gradient in the weights, not in its second moment: the ½ on both losses.
-    saved = torch.load("run/checkpoint.pt", weights_only=True)
+    saved = lsgan.read("run")
     np.testing.assert_allclose(saved["opt_D"]["state"][0]["exp_avg_sq"], adam["w"].v[:4], rtol=1e-4)
     np.testing.assert_allclose(saved["opt_G"]["state"][1]["exp_avg_sq"], adam["bias"].v, rtol=1e-4)
     # D sees constants, x and x_tilde in passes of their own, then images with a history.

@@ -36,9 +36,8 @@ def test_shapes_and_range(script, size, channels):
 
 @pytest.mark.parametrize("size", [0, 8, 33, 48, 512])
 def test_other_sizes_are_refused(script, size):
-    for network in (lambda: script.Generator(100, 1, size, 4), lambda: second(script)(1, size, 4)):
-        with pytest.raises(ValueError, match=f"--size .* not {size}"):
-            network()
+    with pytest.raises(ValueError, match=f"--size .* not {size}"):
+        script.Generator(100, 1, size, 4)
 
 
 @pytest.mark.parametrize("size, parameters", [(64, 3_576_704), (32, 1_068_928)])

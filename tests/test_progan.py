@@ -22,7 +22,9 @@ TINY = dict(digit=7, size=16, nz=8, fmap_max=4, batch_size=4, kimg=0.016, device
 
 
 def saved(out):
-    return torch.load(Path(out, "checkpoint.pt"), weights_only=True)
+    """A checkpoint, with its steps as step and its random states as rng"""
+    checkpoint = progan.read(out)
+    return checkpoint | dict(step=checkpoint["run"][0], rng=checkpoint["run"][3])
 
 
 def parameters(*modules):
@@ -53,6 +55,8 @@ def layers(module):
             yield f"{n_in}-{n_out} {k}x{k}"
         elif isinstance(layer, progan.Layer):
             yield layer.forward.__name__
+        elif layer in (upsample, downsample):
+            yield "upsample" if layer is upsample else "downsample"
         elif isinstance(layer, nn.LeakyReLU):
             yield f"lrelu {layer.negative_slope}"
         elif not list(layer.children()):
@@ -76,7 +80,7 @@ def test_layers_are_those_of_table_2():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [4, 8, 64, 1024])
+@pytest.mark.parametrize("size", [4, 8, 64])
 def test_shapes(size, channels):
     G, D = Generator(size, channels, 64, 3, nz=5), Discriminator(size, channels, 64, 3)
     resolution = 4
@@ -117,7 +121,7 @@ def test_the_output_is_linear():
 
 def test_scaled_weights_have_hes_deviation(monkeypatch):
     """The weights that reach the convolutions, in the order of the layers"""
-    seen, conv2d = [], progan.F.conv2d
+    seen, conv2d = [], progan.nn.functional.conv2d
 
     def recorded(x, weight, bias, **kwargs):
         n_out, n_in, k, _ = weight.shape
@@ -125,7 +129,7 @@ def test_scaled_weights_have_hes_deviation(monkeypatch):
         return conv2d(x, weight, bias, **kwargs)
     torch.manual_seed(0)
     G, D = Generator(64), Discriminator(64)
-    monkeypatch.setattr(progan.F, "conv2d", recorded)
+    monkeypatch.setattr(progan.nn.functional, "conv2d", recorded)
     D(G(torch.randn(2, 512), 64, 1.0), 64, 1.0)
     he = 2 ** 0.5
     gains = [he] + 9 * [he] + [1] + [he] + 8 * [he] + 2 * [he] + [1]        # G, toRGB, fromRGB, D, the last layer
@@ -203,10 +207,10 @@ def test_up_and_down():
 
 # ---- Growing ----
 
-@pytest.mark.parametrize("resolution", [8, 16, 32, 64, 128, 256, 512, 1024])
+@pytest.mark.parametrize("resolution", [8, 16, 64])
 def test_fading_begins_with_the_small_network_and_ends_with_the_new_one(resolution):
     torch.manual_seed(0)
-    G, D = Generator(1024, 3, 2048, 6, nz=4), Discriminator(1024, 3, 2048, 6)
+    G, D = Generator(64, 3, 2048, 6, nz=4), Discriminator(64, 3, 2048, 6)
     z, x, half = torch.randn(2, 4), torch.randn(2, 3, resolution, resolution), resolution // 2
     k = resolution.bit_length() - 3
     with torch.no_grad():
@@ -270,18 +274,15 @@ def test_real_images_are_faded():
     assert torch.equal(fade(x, 1.0), x)
 
 
-def test_minibatches_are_the_papers():
-    assert progan.MINIBATCH == {**{4 << k: 16 for k in range(6)}, 256: 14, 512: 6, 1024: 3}
-
-
-def test_images_are_counted_by_the_resolutions_minibatch(monkeypatch):
-    monkeypatch.setattr(progan, "MINIBATCH", {4: 5, 8: 3, 16: 2})
-    progan.train(**TINY | dict(batch_size=None, kimg=0.011), save_every=1, out="run")
-    shown, expected = 0, []
-    while shown < 55:                                       # 5 phases of 11 images
-        shown += 5 if shown < 11 else 3 if shown < 33 else 2
-        expected.append(shown)
-    assert logged("run", "images")[:, 0].tolist() == expected and saved("run")["images_shown"] == expected[-1]
+def test_minibatches_are_the_papers(monkeypatch):
+    """By the number of steps that 8 thousand images per phase take"""
+    def seen(config, *_, **__):
+        raise ValueError(f"{config.steps} steps")
+    monkeypatch.setattr(progan, "Run", seen)
+    for size, steps in ((4, 500), (128, 11 * 500), (256, 11 * 500 + 2 * 572),
+                        (1024, 11 * 500 + 2 * (572 + 1334 + 2667))):
+        with pytest.raises(ValueError, match=f"^{steps} steps"):
+            progan.train(size=size, kimg=8.0, fmap_base=4, fmap_max=1, device="cpu")
 
 
 # ---- Loss ----
@@ -412,7 +413,7 @@ def test_six_steps_equal_numpy(monkeypatch, settings):
         log.append([L.mean(), L_G, ((norm - p["gamma"]) ** 2).mean(), (D_x - D_x_tilde).mean(), (D_x ** 2).mean()])
 
     checkpoint = saved("run")
-    assert checkpoint["step"] == 6 and checkpoint["images_shown"] == 6 * m
+    assert checkpoint["step"] == 6 and checkpoint["images"] == 6 * m
     for part, values in (("D", w), ("G", theta), ("G_ema", ema)):
         for name, value in values.items():
             np.testing.assert_allclose(checkpoint[part][name].numpy(), value, rtol=2e-4, atol=2e-6, err_msg=name)
@@ -458,7 +459,7 @@ def assert_same(a, b):
         for key, state in a[name]["state"].items():
             assert all(torch.equal(state[each], b[name]["state"][key][each]) for each in state)
     assert all(torch.equal(x, y) for process in zip(a["rng"], b["rng"]) for x, y in zip(*process))
-    assert (a["step"], a["images_shown"]) == (b["step"], b["images_shown"])
+    assert (a["step"], a["images"]) == (b["step"], b["images"])
 
 
 @pytest.fixture(scope="module")
@@ -480,18 +481,18 @@ def test_a_run_grows_and_ends_by_itself(whole, capsys):
         assert film.size == (128, 128) and 15 < film.n_frames <= 20         # Pillow joins equal frames
     before = {p: p.read_bytes() for p in whole.iterdir()}
     progan.train(**TINY, save_every=1, out=whole)
-    assert "20 steps are done: finished" in capsys.readouterr().out
+    assert "20 of 20 steps are done" in capsys.readouterr().out
     progan.train(**TINY, out="again")
     last = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(r"step 20  16x16  alpha 1.00  .* images/s, 0:00:00 left of phase 5 of 5", last)
+    assert re.match(r"step 20/20  resolution 16  alpha 1  ", last)
     assert {p: p.read_bytes() for p in whole.iterdir()} == before
 
 
-@pytest.mark.parametrize("stop", [3, 4, 6, 8, 11, 14, 19])
+@pytest.mark.parametrize("stop", [4, 6, 11, 14])
 def test_continuing_at_any_place_of_the_schedule_is_exact(whole, stop):
     """4x4, between phases, in the middle of both fades, before and after a change of resolution"""
     progan.train(**TINY, steps=stop, out="parts")
-    assert saved("parts")["images_shown"] == 4 * stop
+    assert saved("parts")["images"] == 4 * stop
     progan.train(**TINY, out="parts")
     assert_same(saved("parts"), saved(whole))
 
@@ -534,19 +535,21 @@ def test_pictures_and_generated_images_are_the_moving_averages(steps, resolution
 def test_the_size_is_32_for_the_sets_and_1024_for_folders():
     settings = {name: setting.default for name, setting in inspect.signature(progan.train).parameters.items()}
     for dataset, size in (("mnist", 32), ("cifar10", 32), ("folder", 1024)):
-        config, *_ = progan.start(settings | dict(dataset=dataset, device="cpu"))
-        assert config["size"] == size
+        class Seen(Exception):
+            pass
+
+        def seen(config, *_, **__):
+            raise Seen(config.size)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Seen, match=str(size)):
+            patch.setattr(progan, "Run", seen)
+            progan.train(**settings | dict(dataset=dataset, device="cpu", fmap_base=4, fmap_max=1))
 
 
-@pytest.mark.parametrize("settings, words", [
-    (dict(size=48), "--size must be a power of two from 4 to 1024, not 48"),
-    (dict(kimg=0.0), "--kimg must be at least 0.001"), (dict(kimg=float("nan")), "--kimg"),
-    (dict(gamma=0.0), "--gamma"), (dict(ema=1.0), "--ema must be at least 0 and below 1, not 1.0"),
-    (dict(drift=-1.0), "--drift"), (dict(fmap_base=0), "--fmap-base"), (dict(fmap_max=0), "--fmap-max"),
-    (dict(batch_size=0), "--batch-size"), (dict(lam=-1.0), "--lam"), (dict(beta2=1.0), "--beta2")])
-def test_settings_that_make_no_sense_are_refused(settings, words):
-    with pytest.raises(ValueError, match=words.replace("-", "[-]")):
-        progan.train(**TINY | settings, out="run")
+@pytest.mark.parametrize("name, value", [("size", 48), ("kimg", 0.0), ("gamma", 0.0), ("fmap_base", 0), ("fmap_max", 0),
+                                         ("batch_size", 0), ("steps", 0), ("nz", 0), ("beta2", 1.0), ("lr", -1.0)])
+def test_settings_that_make_no_sense_are_refused(name, value):
+    with pytest.raises(ValueError, match=dict(beta2="beta", lr="learning rate").get(name, name)):
+        progan.train(**TINY | {name: value}, out="run")
     assert not Path("run").exists()
 
 
@@ -578,8 +581,7 @@ def test_two_processes_average_their_gradients():
     done = two_processes("""
 import torch, progan, torch.distributed as dist
 progan.minibatch_stddev = lambda x: torch.cat([x, torch.ones_like(x[:, :1])], 1)
-dist.init_process_group("gloo")
-rank, _ = progan.processes()
+rank, _ = progan.processes(torch.device("cpu"))
 torch.manual_seed(0)
 G, D = progan.Generator(8, 1, 64, 8, 8), progan.Discriminator(8, 1, 64, 8)
 x, z = torch.randn(6, 1, 8, 8), torch.randn(6, 8)
@@ -599,7 +601,6 @@ for a, b in zip(whole, mine):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 assert max((a - b).abs().max() for a, b in zip(whole, alone)) > 1e-2
 print(len(whole), "equal")
-dist.destroy_process_group()
 """)
     assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr
 
@@ -610,11 +611,10 @@ def test_two_processes_train_as_one_and_only_the_first_writes():
         Image.new("RGB", (20, 20), (9 * i, 0, 0)).save(f"photos/{i}.png")
     done = two_processes(f"""
 import torch, progan, torch.distributed as dist
-dist.init_process_group("gloo")
-rank, _ = progan.processes()
+rank, _ = progan.processes(torch.device("cpu"))
 if rank == 1:
     def never(*_): raise AssertionError("the second process writes")
-    progan.replacing = progan.save_images = progan.save_animation = never
+    progan.replacing = progan.save_images = progan.save_animation = progan.save_curve = never
 draws, randn = [], torch.randn
 def recorded(*args, **kwargs):
     value = randn(*args, **kwargs)
@@ -628,18 +628,17 @@ torch.save([[p.detach() for p in (*G.parameters(), *D.parameters())], draws], f"
 progan.train(**settings, steps=10, out="parts")
 progan.train(**settings, steps=20, out="parts")
 progan.train(**settings | dict(digit=None), dataset="photos", root="root", steps=1, out="photos-run")
-dist.destroy_process_group()
 """)
     assert done.returncode == 0, done.stderr
     (a, drawn_a), (b, drawn_b) = (torch.load(f"weights{rank}.pt") for rank in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a, b))
-    numbers = [torch.cat([draw.flatten() for draw in drawn]) for drawn in (drawn_a, drawn_b)]
+    numbers = [torch.cat([draw.flatten() for draw in drawn if draw.ndim == 2]) for drawn in (drawn_a, drawn_b)]
     assert len(numbers[0]) == len(numbers[1]) > 1000 and torch.isin(*numbers).sum() < 5     # other random numbers
-    assert saved("whole")["images_shown"] == 20 * 8 and len(saved("whole")["rng"]) == 2
+    assert saved("whole")["images"] == 20 * 8 and len(saved("whole")["rng"]) == 2
     assert not torch.equal(*(rng[0] for rng in saved("whole")["rng"]))
     assert_same(saved("whole"), saved("parts"))
     lines = done.stdout.splitlines()
-    assert lines[0] == "device: cpu in each of 2 processes" and lines.count(lines[0]) == 4
+    assert lines[0] == "device: cpu" and lines.count(lines[0]) == 4
     for word in ("decoding", "averaging"):                  # once, by the first
         assert sum(line.startswith(word) for line in lines) == 1
     assert sorted(p.suffix for p in Path("root/cache").iterdir()) == [".pyramid", ".uint8"]

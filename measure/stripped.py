@@ -1,4 +1,4 @@
-"""What one script has and another lacks, without comments and docstrings: python tests/stripped.py wgan wgan_gp"""
+"""What one script has and another lacks, without comments and docstrings: python measure/stripped.py wgan wgan_gp"""
 import ast
 import difflib
 import io

@@ -1,8 +1,9 @@
 """Judges runs, or folders of images, of MNIST and Fashion-MNIST; of photographs, by the sliced Wasserstein distance
 
-    python tests/evaluate.py runs/wgan_gp-mnist-7 runs/lsgan-mnist-7
-    python tests/evaluate.py --dataset mnist --digit 7 path/to/pngs
-    python tests/evaluate.py --dataset path/to/photos runs/progan-photos
+    python measure/evaluate.py runs/wgan_gp-mnist-7 runs/lsgan-mnist-7
+    python measure/evaluate.py --dataset mnist --digit 7 path/to/pngs
+    python measure/evaluate.py --dataset path/to/photos runs/progan-photos
+    python measure/evaluate.py runs/wgan-mnist-7/001000.pt        (a checkpoint that --keep kept)
 
 A run's data set and class are those it was trained with (with another --dataset: all its classes). All are judged
 alike, by 5,000 images (a folder: by all that it has) against the test images, in the 128 features of a small
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import functional as TF
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 from swd import side_of, swd  # noqa: E402
 
@@ -149,7 +150,7 @@ class Reference(NamedTuple):
 def reference(dataset, digit=None, root=None):
     """The images of "mnist" or "fashion-mnist", of one class if digit is given, and the classifier of all.
     ValueError for anything else"""
-    if common.DATASETS.get(dataset, (None, 3))[1] != 1:
+    if common.channels_of(dataset) != 1:
         raise ValueError(f"the classifier is for mnist and fashion-mnist, not for {dataset}")
     root = Path(root or common.ROOT)
     common.load_images(dataset, digit, 28, root)                # downloads, and complains in one sentence
@@ -198,23 +199,23 @@ def as_the_data_set(images):
 @torch.no_grad()
 def sample(G, nz, n, seed=0):
     """The images that --generate N --seed SEED writes, border and all.  -> uint8 (n, C, s, s)"""
-    noise, parts = torch.Generator().manual_seed(seed % 2**63), []
+    noise, parts = torch.Generator().manual_seed(seed), []
     for first in range(0, n, 64):
-        x = G(torch.randn(64, nz, generator=noise)[:n - first])
+        x = G(torch.randn(64, nz, generator=noise))[:n - first]
         parts.append(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
     return torch.cat(parts)
 
 
 def opened(run):
-    """A run folder's script and checkpoint; (None, None) for a folder of images.  ValueError for anything else"""
-    path = Path(run, "checkpoint.pt")
-    if not path.exists():
+    """The script and the checkpoint of a run folder or a kept file; (None, None) for a folder of images.
+    ValueError for anything else"""
+    if not Path(run).is_file() and not Path(run, "checkpoint.pt").exists():
         return None, None
     for name in SCRIPTS:
         script = importlib.import_module(name)
         with contextlib.suppress(ValueError):                   # of another script
             return script, script.read(run)
-    raise ValueError(f"{path} is damaged, or of none of the scripts {', '.join(SCRIPTS)}")
+    raise ValueError(f"the checkpoint {run} is damaged, or of none of the scripts {', '.join(SCRIPTS)}")
 
 
 def shown(name, figures):
@@ -232,7 +233,7 @@ def spread(values):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or folder of images")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, kept checkpoint, or folder of images")
     parser.add_argument("--dataset", help="what to compare with: mnist, fashion-mnist, or a folder of photographs "
                         "(default: what the run was trained with; for folders of images: mnist)")
     parser.add_argument("--digit", type=int, help="only this class (default: what the run was trained with)")
@@ -254,15 +255,15 @@ def compare(args):
     last, to, groups = None, None, {}
     for run in args.runs:
         script, saved = opened(run)
-        config = saved["config"] if saved else {}
-        dataset = args.dataset or config.get("dataset", "mnist")
-        digit = config.get("digit") if args.digit is None and dataset == config.get("dataset") else args.digit
+        settings = saved["settings"] if saved else {}
+        dataset = args.dataset or settings.get("dataset", "mnist")
+        digit = settings.get("digit") if args.digit is None and dataset == settings.get("dataset") else args.digit
         if saved:
-            images = sample(script.load(run), config["nz"], args.images, args.seed)
-            name = f"{run} ({saved['step']:,} steps)"
+            images = sample(script.load(run), settings["nz"], args.images, args.seed)
+            name = f"{run} ({saved['run'][0]:,} steps)"
         else:
-            grey = common.DATASETS.get(dataset, (None, 3))[1]
-            images, name = common.load_images(str(run), size=side_of(run) or 28, channels=grey), run
+            channels = common.channels_of(dataset)
+            images, name = common.load_images(str(run), size=side_of(run) or 28, channels=channels), run
         if dataset not in common.DATASETS:
             distances = swd(common.load_images(dataset, size=images.shape[-1], channels=images.shape[1]), images)
             levels = ", ".join(f"{level}x{level}: {1000 * each:.2f}" for level, each in distances.items())
@@ -281,9 +282,8 @@ def compare(args):
         figures = judge(images, to)
         print(shown(str(name), figures), flush=True)
         if saved:
-            same = {key: value for key, value in config.items()
-                    if key not in ("seed", "out", "root", "device", "save_every", "steps")}
-            groups.setdefault((tuple(sorted(same.items(), key=str)), saved["step"]), []).append((run, figures))
+            same = sorted((settings | {"seed": None}).items())
+            groups.setdefault((script, str(same), saved["run"][0]), []).append((run, figures))
     for runs, several in (zip(*group) for group in groups.values() if len(group) > 1):
         figures = ", ".join(f"{key} {spread([each[key] for each in several])}"
                             for key in several[0] if key != "classes")

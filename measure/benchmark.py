@@ -1,4 +1,4 @@
-"""How fast, and how much memory: python tests/benchmark.py [NAME...]
+"""How fast, and how much memory: python measure/benchmark.py [NAME...]
 
 Without a name, all of them:
 
@@ -68,14 +68,14 @@ def patched(module=wgan_gp, **values):
 
 def train(warm, steps, script=wgan_gp, **settings):
     """Seconds per step of script.train, after warm steps, its saving left out"""
-    original, moments = script.run, []
+    original, moments = script.Run.__iter__, []
 
-    def timed(*args, **state):
-        for i, step in enumerate(original(*args, **state)):
+    def timed(run):
+        for i, step in enumerate(original(run)):
             if i >= warm:
                 moments.append(time.perf_counter())
             yield step
-    with patched(script, run=timed), contextlib.redirect_stdout(io.StringIO()), \
+    with patched(script.Run, __iter__=timed), contextlib.redirect_stdout(io.StringIO()), \
             tempfile.TemporaryDirectory() as out:
         script.train(steps=warm + steps + 1, save_every=10**9, out=out, **settings)
     return (moments[-1] - moments[0]) / (len(moments) - 1)
@@ -98,8 +98,8 @@ def usual(rounds=5):
 def usual_step(name, networks=None, resize=transforms.Pad(2)):
     """Does a step of a script at a time, with its networks (or others) and numbers, as they are commonly written: a
     DataLoader that transforms image by image, torch's default optimizers (not fused) and memory format, gradients
-    for both networks at every backward; with a gradient penalty also the graph of the generated images in D's step
-    and a pass of its own for each score; in EBGAN the generated images encoded twice"""
+    for both networks at every backward; with a gradient penalty also the graph of the generated images in D's step;
+    in EBGAN the generated images encoded twice"""
     script, m = importlib.import_module(name), 16 if name == "progan" else 64
     steps_per_image = [resize, transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
     mnist = datasets.MNIST(common.ROOT, transform=transforms.Compose(steps_per_image))
@@ -174,14 +174,14 @@ def settings_of(name):
 
 def flops_of(script, settings, at=10):
     """Floating-point operations of step at; by step 10 progan.py has grown, with settings_of it"""
-    original, counter = script.run, Flops()
+    original, counter = script.Run.__iter__, Flops()
 
-    def counted(*args, **state):
-        for i, step in enumerate(original(*args, **state)):
-            with counter if i == at else contextlib.nullcontext():
+    def counted(run):
+        for step in original(run):
+            with counter if step == at else contextlib.nullcontext():
                 yield step
-    with patched(script, run=counted):
-        train(0, at + 1, script, device="cpu", **settings)
+    with patched(script.Run, __iter__=counted):
+        train(0, at, script, device="cpu", **settings)
     return counter.count
 
 
@@ -275,14 +275,14 @@ def resident():
 
 
 def memory(early=10, late=1000):
-    original, sizes = wgan_gp.run, {}
+    original, sizes = wgan_gp.Run.__iter__, {}
 
-    def watched(*args, **state):
-        for step in original(*args, **state):
+    def watched(run):
+        for step in original(run):
             if step in (early, late):
                 sizes[step] = resident()
             yield step
-    with patched(run=watched), tempfile.TemporaryDirectory() as out:
+    with patched(wgan_gp.Run, __iter__=watched), tempfile.TemporaryDirectory() as out:
         wgan_gp.train(digit=7, steps=late + 1, device="cpu", out=out)
     for step, (now, peak) in sizes.items():
         print(f"  step {step}: {now:.0f} MiB, peak {peak:.0f} MiB")
@@ -292,38 +292,38 @@ def memory(early=10, late=1000):
 
 def grown(size, kimg, growing):
     """Seconds of training for the images of a whole schedule, and their number; feature maps: table 2's / 8"""
-    original, began, images = progan.run, [], []
+    original, began = progan.Run.__iter__, []
 
-    def timed(*args, **state):
-        for shown in original(*args, **state):
+    def timed(run):
+        for step in original(run):
             began.append(time.perf_counter())
-            images.append(shown)
-            yield shown
+            yield step
         began.append(time.perf_counter())
     schedule = progan.schedule if growing else lambda *_: (size, 1.0)
-    with patched(progan, run=timed, schedule=schedule), contextlib.redirect_stdout(io.StringIO()), \
-            tempfile.TemporaryDirectory() as out:
+    with patched(progan, schedule=schedule), patched(progan.Run, __iter__=timed), \
+            contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as out:
         progan.train(digit=7, size=size, channels=3, kimg=kimg, fmap_base=1024, fmap_max=64, save_every=10**9,
                      out=out, device="cpu")
-    return began[-1] - began[0], len(images) * 16
+    return began[-1] - began[0], (len(began) - 1) * 16
 
 
 def operations(size):
     """Operations per image in every phase of table 2's networks, on tensors without memory; the last phase last"""
     counts, length = [], 100
 
-    def phases(*_, **__):
+    def phases(run):
         for phase in range(2 * size.bit_length() - 5):
-            counter = Flops()
+            run.images, counter = phase * length + length // 2, Flops()
             with counter:
-                yield phase * length + length // 2
+                yield phase
             counts.append(counter.count / 2)
 
     def nothing(images, m, device):
         return itertools.repeat(torch.empty(m, *images.shape[1:], device=device))
     images = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-    with patched(progan, run=phases, batches=nothing, save_images=lambda *_: None,
-                 load_images=lambda *_, **__: images, find_device=lambda _: torch.device("meta")), \
+    with patched(progan.Run, __iter__=phases), \
+            patched(progan, batches=nothing, save_images=lambda *_: None,
+                    load_images=lambda *_, **__: images, find_device=lambda _: torch.device("meta")), \
             patched(torch.optim, Adam=lambda weights, *_, **__: torch.optim.SGD(weights, 0.1)), \
             contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as out:
         progan.train(size=size, channels=3, kimg=length / 1000, batch_size=2, out=out)
@@ -356,14 +356,14 @@ import benchmark, progan, torch
 size, m = map(int, sys.argv[1:])
 progan.schedule = lambda *_: (size, 0.5)                    # a fade: both paths
 progan.load_images = lambda *_, **__: torch.randint(256, (m, 3, size, size), dtype=torch.uint8)
-run = progan.run
-def timed(*args, **state):
-    for shown in run(*args, **state):
+original = progan.Run.__iter__
+def timed(run):
+    for step in original(run):
         began = time.perf_counter()
-        yield shown
+        yield step
         seconds, peak = time.perf_counter() - began, benchmark.resident()[1]
         print(f"step of {{m}} images: {{seconds:.1f}} s, peak {{peak:.0f}} MiB")
-progan.run = timed
+progan.Run.__iter__ = timed
 progan.train(size=size, channels=3, steps=1, batch_size=m, out="run", device="cpu")
 """
     for size, m in ((256, 3), (512, 2), (1024, 1)):

@@ -1,6 +1,6 @@
 """The picture of the README: how the estimate falls as the images get better (figure 3 of the WGAN paper)
 
-    pip install matplotlib && python docs/wgan_curve.py runs/wgan-mnist-7 docs/wgan-curve.png
+    pip install matplotlib && python measure/wgan_curve.py runs/wgan-mnist-7 docs/wgan-curve.png
 
 reads log.csv and the pictures of a finished run. The line is the log as it is: every row is a mean of 100 steps.
 """

@@ -1,8 +1,8 @@
 """The measurements of docs/claims.md
 
-    python docs/claims.py train [NAME...]   the runs that the claims need: two at a time, with one thread each
-    python docs/claims.py 1 2 ... 12        the figures of a claim, and its plot in docs/; without numbers: of all
-    python docs/claims.py pictures          samples of the five scripts, docs/samples-SCRIPT.png
+    python measure/claims.py train [NAME...]   the runs that the claims need: two at a time, with one thread each
+    python measure/claims.py 1 2 ... 12        the figures of a claim, and its plot in docs/; without numbers: of all
+    python measure/claims.py pictures          samples of the five scripts, docs/samples-SCRIPT.png
 
 The runs take four to five hours on two cores; stopped, they go on where they were. One thread each makes their figures
 the same on every machine of a kind, all but the minutes. The plots need matplotlib.
@@ -11,11 +11,11 @@ import functools
 import importlib.util
 import math
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+sys.path.insert(0, str(PROJECT))
 import common  # noqa: E402
 import evaluate  # noqa: E402
 import wgan_gp  # noqa: E402
@@ -38,7 +38,7 @@ IMAGES = 5000
 # ---- The runs ----------------------------------------------------------------------------------------------------
 
 class Run(NamedTuple):
-    """All ten digits, once per seed, in RUNS/NAME/SEED; every so many steps the checkpoint is kept, too"""
+    """All ten digits, once per seed, in RUNS/NAME/SEED; every so many steps the checkpoint is kept"""
     script: str
     steps: int
     every: int
@@ -64,7 +64,12 @@ JOBS = {
     "ebgan-without-pt": Run("ebgan", 6000, 1000, "--pt 0"),
     "ebgan-margin-1": Run("ebgan", 6000, 1000, "--margin 1", (0,)),
     "ebgan-margin-30": Run("ebgan", 6000, 1000, "--margin 30", (0,)),
-    "ebgan-pretrain": Run("ebgan", 6500, 500, "--pretrain 500", (0,)),
+    "ebgan-pretrain": Run("ebgan", 6500, 500, seeds=(0,), edits={       # 500 steps of D by real images alone
+        "        L_D = D_x + (margin - D_x_tilde).relu()":
+        "        L_D = D_x + (margin - D_x_tilde).relu() * (step > 500)",
+        "        opt_G.step()":
+        "        if step > 500:\n"
+        "            opt_G.step()"}),
     # 9
     "progan-without-growing": Run("progan", 8750, 1250, SMALL, (0,), {
         "    return 4 << (phase + 1) // 2, shown / length if phase % 2 == 1 else 1.0": "    return size, 1.0"}),
@@ -111,21 +116,21 @@ def script_of(name):
     return RUNS / name / script.name
 
 
+def kept(name, seed, step=None):
+    """The file of a checkpoint (default: the last)"""
+    return RUNS / name / str(seed) / f"{step or JOBS[name].steps:06d}.pt"
+
+
 def train(name, seed):
-    """Trains one seed of a job, or goes on with it; steps/STEP/checkpoint.pt is the run as it was after so many"""
-    job, out = JOBS[name], RUNS / name / str(seed)
-    command = [sys.executable, script_of(name), "--root", PROJECT / "data", "--device", "cpu", "--seed", str(seed),
-               "--out", out, *job.flags.split()]
-    for step in range(job.every, job.steps + 1, job.every):
-        kept = out / "steps" / f"{step:06d}" / "checkpoint.pt"
-        if not kept.exists():
-            subprocess.run([*command, "--steps", str(step)], check=True, stdout=subprocess.DEVNULL,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-            done = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
-            if done != step:
-                raise ValueError(f"{out} is at step {done}, beyond {step}: remove it")
-            with common.replacing(kept) as copy, open(out / "checkpoint.pt", "rb") as checkpoint:
-                shutil.copyfileobj(checkpoint, copy)
+    """Trains one seed of a job, or goes on with it; STEP.pt is the run as it was after so many"""
+    job, last = JOBS[name], kept(name, seed)
+    if not last.exists():
+        subprocess.run([sys.executable, script_of(name), "--root", PROJECT / "data", "--device", "cpu",
+                        "--seed", str(seed), "--out", last.parent, "--steps", str(job.steps),
+                        "--keep", "--save-every", str(job.every), *job.flags.split()],
+                       check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if not last.exists():
+            raise ValueError(f"{last.parent} is beyond step {job.steps}: remove it")
     print(f"{name} {seed}: {job.steps} steps are done", flush=True)
 
 
@@ -141,34 +146,39 @@ def train_all(names):
 
 # ---- Judging them ------------------------------------------------------------------------------------------------
 
-def opened(name, seed, step=None):
-    """A kept checkpoint (default: the last) -> the script, as a module, and the folder"""
+def module(name):
+    """The script of a job, imported"""
     path = script_of(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    return script, RUNS / name / str(seed) / "steps" / f"{step or JOBS[name].steps:06d}"
+    return script
+
+
+def opened(name, seed, step=None):
+    """The script of a kept checkpoint (default: the last), its G, and the checkpoint"""
+    script, path = module(name), kept(name, seed, step)
+    if not path.exists():
+        raise ValueError(f"{path} is not there: python measure/claims.py train {name}")
+    return script, script.load(path), script.read(path)
 
 
 def sampled(name, seed, step=None, average=True):
     """Images of a kept checkpoint, and the checkpoint; average=False: of ProGAN's G itself, not its moving average"""
-    script, run = opened(name, seed, step)
-    saved = script.read(run)
-    if saved is None:
-        raise ValueError(f"{run} is not there: python docs/claims.py train {name}")
-    G = script.load(run)
+    _, G, saved = opened(name, seed, step)
     if not average:
         G.load_state_dict(saved["G"])
-    return evaluate.sample(G, saved["config"]["nz"], IMAGES), saved
+    return evaluate.sample(G, saved["settings"]["nz"], IMAGES), saved
 
 
 @functools.cache
 def judged(*run):
-    """tests/evaluate.py's figures of sampled(*run), its log's means over the last 1,000 steps, and its seconds"""
+    """measure/evaluate.py's figures of sampled(*run), its log's means over the last 1,000 steps, and its seconds"""
     images, saved = sampled(*run)
-    columns, *log = saved["log"]
-    recent = torch.tensor([row for row in log if row[0] > saved["step"] - 1000], dtype=torch.float64).mean(0)
-    return dict(zip(columns, recent.tolist())) | evaluate.judge(images, mnist()) | {"seconds": saved["seconds"]}
+    step, seconds, rows, _ = saved["run"]
+    recent = [row for row in rows if row["step"] > step - 1000]
+    means = {column: mean(row[column] for row in recent) for column in rows[0]}
+    return means | evaluate.judge(images, mnist()) | {"seconds": seconds}
 
 
 @functools.cache
@@ -384,8 +394,8 @@ def claim_4():
         steps = range(every, JOBS[name].steps + 1, every)
         for seed in JOBS[name].seeds:
             distances, checkpoints = zip(*(distance(name, seed, step) for step in steps))
-            head, *log = checkpoints[-1]["log"]
-            losses = [torch.tensor([row[head.index(column)] for row in log if step - every < row[0] <= step]).mean()
+            _, _, log, _ = checkpoints[-1]["run"]
+            losses = [mean(row[column] for row in log if step - every < row["step"] <= step)
                       for step in steps]                    # the mean over the steps since the last place
             ranks.append(rank_correlation(losses, distances))
             powers.append(torch.corrcoef(torch.tensor([losses, distances]).log())[0, 1].item())
@@ -407,8 +417,8 @@ def claim_5():
     figure, (left, middle, right) = plot(3, 10)
     images, rows = common.load_images("mnist"), []
     for axes, name in ((left, "wgan"), (middle, "wgan_gp")):
-        script, run = opened(name, 0)
-        saved, G, random = script.read(run), script.load(run), torch.Generator().manual_seed(0)
+        script, G, saved = opened(name, 0)
+        random = torch.Generator().manual_seed(0)
         D = script.Critic()
         D.load_state_dict(saved["D"])
         D.eval()        # WGAN's batch norm by its running statistics: else an image has an effect on all scores
@@ -462,7 +472,7 @@ def claim_7():
         steps = range(JOBS[name].every, JOBS[name].steps + 1, JOBS[name].every)
         for seed in JOBS[name].seeds:
             distances, checkpoints = zip(*(distance(name, seed, step) for step in steps))
-            minutes = [each["seconds"] / 60 for each in checkpoints]
+            minutes = [each["run"][1] / 60 for each in checkpoints]
             for axes, where in ((left, list(steps)), (right, minutes)):
                 axes.plot(where, distances, "o-", markersize=3, color=colour,
                           label=name if seed == 0 else None)
@@ -511,8 +521,8 @@ def draw(file, *runs):
     """docs/FILE.png: the first images of seed 0 of each (name, how many), in rows of 24"""
     images = []
     for name, n in runs:
-        script, run = opened(name, 0)
-        drawn = evaluate.sample(script.load(run), script.read(run)["config"]["nz"], n)
+        _, G, saved = opened(name, 0)
+        drawn = evaluate.sample(G, saved["settings"]["nz"], n)
         images.append(evaluate.as_the_data_set(drawn))
     to_pil_image(make_grid(torch.cat(images), nrow=24, padding=0)[:1]).save(PROJECT / "docs" / f"{file}.png")
 

@@ -1,4 +1,4 @@
-"""The sliced Wasserstein distance of two folders of images (ProGAN, §5): python tests/swd.py FOLDER FOLDER
+"""The sliced Wasserstein distance of two folders of images (ProGAN, §5): python measure/swd.py FOLDER FOLDER
 
 Of patches of 7x7 pixels from every level of a Laplacian pyramid: small figures at coarse levels mean like shapes,
 at fine levels similar texture. Needs no trained network. Prints one figure per level, times 1000 as in the paper,

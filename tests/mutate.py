@@ -1,0 +1,202 @@
+"""Breaks single lines of the six files, one at a time, and shows that the tests notice
+
+    python tests/mutate.py [NAME...]
+
+In a copy of the project, two at a time. Prints the breaks that no test noticed, and their number.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+TOP = Path(__file__).resolve().parent.parent
+GENERATOR = [                                               # in all of the four small scripts
+    ("n = width * size // 8", "n = width * size // 4"),
+    ("nn.ConvTranspose2d(n, n // 2, 4, 2, 1, bias=False)]", "nn.ConvTranspose2d(n, n // 2, 4, 2, 1)]"),
+    ("super().__init__(*layers, nn.Tanh())", "super().__init__(*layers, nn.Sigmoid())"),
+]
+CRITIC = [                                                  # of wgan.py and lsgan.py
+    ("nn.BatchNorm2d(2 * n), nn.LeakyReLU(0.2)]", "nn.BatchNorm2d(2 * n, 0.8), nn.LeakyReLU(0.2)]"),
+    ("4, 1, 0, bias=False), nn.Flatten(0))", "4, 1, 0, bias=False), nn.Flatten(0), nn.Sigmoid())"),
+    ("nn.init.normal_(layer.weight, 1 if", "nn.init.normal_(layer.weight, 0 if"),
+    ("else 0, 0.02)", "else 0, 0.2)"),
+]
+RUN = [                                                     # the same block in all four, broken in wgan_gp.py
+    ("if key not in MAY_CHANGE", 'if key not in MAY_CHANGE and key != "lr"'),
+    ('saved[name].pop("param_groups", None)', "pass"),
+    ("part.load_state_dict(part.state_dict() | saved[name])", "pass"),
+    ("each.set_rng_state(state)", "pass"),
+    ('self.step, self.time, self.rows, self.states = saved["run"]',
+     'self.step, self.time, _, self.states = saved["run"]'),
+    ("perf_counter() - self.time\n", "perf_counter()\n"),
+    ("stack.callback(save_animation, self.out)", "pass"),
+    ("stack.callback(signal, each, before)", "pass"),
+    ("if stop or self.step ==", "if self.step =="),
+    ("raise KeyboardInterrupt", "return"),
+    ("total.item() / count", "total.item()"),
+    ("total.zero_()", "pass"),
+    ("save_curve(self.rows, self.out)", "pass"),
+    ('G = self.parts["G"].eval()', 'G = self.parts["G"]'),
+    ("        G.train()", "        pass"),
+    ('if self.config.keep or name == "checkpoint.pt":', 'if name == "checkpoint.pt":'),
+    ("weights_only=True", "weights_only=False"),
+    ("[SCRIPT]\n", "\n"),
+    ("return G.eval().requires_grad_(False)", "return G.requires_grad_(False)"),
+    ("torch.Generator().manual_seed(seed)\n", "torch.Generator().manual_seed(0)\n"),
+    ("parser.exit(2,", "parser.exit(1,"),
+    ("parser.exit(130,", "parser.exit(1,"),
+    ("config = Namespace(**locals())", "config = Namespace(**locals() | dict(keep=False))"),
+    ("torch.manual_seed(seed)", "torch.manual_seed(0)"),
+]
+MUTANTS = {
+    "wgan": [*GENERATOR, *CRITIC,
+        ("L = D(x) - D(x_tilde)", "L = D(x_tilde) - D(x)"),
+        ("w, lr, maximize=True", "w, lr, maximize=False"),
+        ("L_G = -D(G(z))", "L_G = D(G(z))"),
+        ("each.clamp_(-c, c)", "each.clamp_(-c, 2 * c)"),
+        ("for each in w:", "for each in w[:-1]:"),
+        ("for _ in range(n_critic):", "for _ in range(n_critic + 1):"),
+        ("L.mean().backward(inputs=w)", "L.sum().backward(inputs=w)"),
+        ("L_G.mean().backward(inputs=theta)", "L_G.mean().backward()"),
+        ("RMSprop(theta, lr,", "RMSprop(theta, 2 * lr,"),
+        ("            opt_D.zero_grad()\n", ""),
+        ("            with torch.no_grad():\n                x_tilde = G(z)", "            x_tilde = G(z)"),
+        ("lr=5e-5,", "lr=1e-4,"),
+        ("c=0.01,", "c=0.1,"),
+        ("run.log(wasserstein=L", "run.log(wasserstein=-L"),
+    ],
+    "wgan_gp": [*GENERATOR, *RUN,
+        ("eps * x + (1 - eps) * x_tilde", "eps * x_tilde + (1 - eps) * x_tilde"),
+        ("eps = torch.rand(len(x), 1, 1, 1", "eps = torch.rand(1, 1, 1, 1"),
+        ("(grad_norm(D, x_hat) - 1) ** 2", "(grad_norm(D, x_hat) - 1).relu() ** 2"),
+        ("grad_norm(D, x_hat)", "grad_norm(D, x)"),
+        ("D(x_tilde) - D(x) + lam", "D(x) - D(x_tilde) + lam"),
+        ("+ lam * penalty", "- lam * penalty"),
+        ("L_G = -D(G(z))", "L_G = D(G(z))"),
+        ("create_graph=True", "create_graph=False"),
+        ("dim=(1, 2, 3))", "dim=1).mean((1, 2))"),
+        ("vector_norm(grad", "vector_norm(2 * grad"),
+        ("lam=10.0,", "lam=1.0,"),
+        ("beta1=0.0,", "beta1=0.5,"),
+        ("beta2=0.9,", "beta2=0.99,"),
+        ("L.mean().backward(inputs=w)", "L.sum().backward(inputs=w)"),
+        ("nn.Conv2d(n, 2 * n, 4, 2, 1), nn.LeakyReLU",
+         "nn.Conv2d(n, 2 * n, 4, 2, 1), nn.BatchNorm2d(2 * n), nn.LeakyReLU"),
+    ],
+    "lsgan": [*GENERATOR, *CRITIC,
+        ("(D(x) - b) ** 2 / 2", "(D(x) - b) ** 2"),
+        ("(D(x_tilde.detach()) - a) ** 2 / 2", "(D(x_tilde.detach()) - b) ** 2 / 2"),
+        ("D(x_tilde.detach())", "D(x_tilde)"),
+        ("(D(x_tilde) - c) ** 2 / 2", "(D(x_tilde) - c) ** 2"),
+        ("(D(x_tilde) - c)", "(D(x_tilde) - a)"),
+        ("a=0.0,", "a=-1.0,"),
+        ("c=1.0,", "c=0.0,"),
+        ("lr=2e-4,", "lr=1e-3,"),
+        ("beta1=0.5,", "beta1=0.9,"),
+        ("L_D.mean().backward(inputs=w)", "L_D.sum().backward(inputs=w)"),
+        ("        opt_D.step()\n", ""),
+    ],
+    "ebgan": [*GENERATOR,
+        ("if S is None else S) - x, dim", "if S is None else S) - x.detach(), dim"),
+        ("vector_norm(D.decode", "vector_norm(0.5 * D.decode"),
+        ("cos.square().sum()", "cos.abs().sum()"),
+        (".fill_diagonal_(0)", ""),
+        ("normalize(S, dim=1)", "normalize(S, dim=0)"),
+        ("len(S) * (len(S) - 1), 1)", "len(S) ** 2, 1)"),
+        ("(margin - D_x_tilde).relu()", "(margin - D_x_tilde)"),
+        ("D_x + (margin", "D_x - (margin"),
+        ("energy(D, x_tilde.detach())", "energy(D, x_tilde)"),
+        ("+ pt * f_PT", "- pt * f_PT"),
+        ("margin=10.0,", "margin=1.0,"),
+        ("pt=0.1,", "pt=0.0,"),
+        ("lr=1e-3,", "lr=1e-4,"),
+        ("nn.ConvTranspose2d(n, channels, 4, 2, 1, bias=False), nn.Tanh())            #",
+         "nn.ConvTranspose2d(n, channels, 4, 2, 1, bias=False))            #"),
+        ("energy(D, x_tilde, S)", "energy(D, x_tilde)"),
+    ],
+    "progan": [
+        ("gain / (n_in * kernel ** 2) ** 0.5", "gain / n_in ** 0.5"),
+        ("keepdim=True) + 1e-8", "keepdim=True) + 1e-2"),
+        ("x.square().mean(1,", "x.square().sum(1,"),
+        ("correction=0", "correction=1"),
+        ("+ 1e-8).sqrt().mean()", ").sqrt().mean()"),
+        ("(1 - alpha) * upsample(self.to_rgb", "alpha * upsample(self.to_rgb"),
+        ("Conv(nz, n[0], 4, padding=3)", "Conv(nz, n[0], 4, padding=3, gain=1)"),
+        ("pixel_norm(z)[:, :", "z[:, :"),
+        ("Conv(n[0], 1, 1, gain=1)", "Conv(n[0], 1, 1)"),
+        ("h = (1 - alpha) * self.from_rgb", "h = alpha * self.from_rgb"),
+        ("phase % 2 == 1 else 1.0", "phase % 2 == 0 else 1.0"),
+        ("(1 - alpha) * upsample(downsample(x)) + alpha * x", "x"),
+        ("L = (D_x_tilde - D_x ", "L = (D_x - D_x_tilde "),
+        ("lam / gamma ** 2", "lam / gamma"),
+        ("drift * D_x ** 2)", "drift * D_x_tilde ** 2)"),
+        ("1 - ema)", "ema)"),
+        ("            opt_G.state.clear()\n", ""),
+        ("L_G = -D(", "L_G = D("),
+        ("beta2=0.99,", "beta2=0.9,"),
+        ("average_gradients(w)", "pass"),
+        ("flat / dist.get_world_size()", "flat"),
+        ("seed + (rank << 16)", "seed"),
+        ("run.images += world * len(x)", "run.images += len(x)"),
+        ('self.images = saved["images"]', "pass"),
+        ('G = self.parts["G_ema"]', 'G = self.parts["G"]'),
+        ('load_state_dict(saved["G_ema"])', 'load_state_dict(saved["G"])'),
+        ("if halt:\n", "if False:\n"),
+        ("each.set_rng_state(state)", "pass"),
+        ("total.item() / count", "total.item()"),
+        ("total.zero_()", "pass"),
+        ("[16] * 6 + [14, 6, 3]", "[16] * 9"),
+        ("min(2 * fmap_base >> k, fmap_max)", "min(fmap_base >> k, fmap_max)"),
+    ],
+    "common": [
+        ("images = images[labels == digit]", "images = images[labels != digit]"),
+        ("TF.pad(images, 2)", "TF.pad(images, 2, 255)"),
+        ("/ 127.5 - 1", "/ 255"),
+        ("torch.randint(len(images), (m,)", "torch.randint(len(images) - 1, (m,)"),
+        ("os.replace(part, path)", "path.write_bytes(part.read_bytes())"),
+        ("x[:rows * rows], nrow=rows", "x[:rows * rows], nrow=1"),
+        ("ImageOps.exif_transpose(image)", "image.copy()"),
+        ('size, "white")', 'size, "black")'),
+        (">> 8", ">> 7"),
+        ("image = image[..., 2:-2, 2:-2]", "pass"),
+        (".clamp(-1, 1)", ""),
+        ("x.round().to(torch.uint8)", "x.to(torch.uint8)"),
+        ("if not math.isfinite(value):", "if False:"),
+        ("if not x.isfinite().all():", "if False:"),
+        ("if folder.exists():", "if False:"),
+        ("if m < 1:", "if False:"),
+        ("if resident and", "if False and"),
+        ("min(len(paths), 100)", "len(paths)"),
+        ('f"-{settings.digit}"', '""'),
+        ("unpacked.unlink()", "pass"),
+        ("probe.item()", "pass"),
+    ],
+}
+
+def survives(mutant):
+    """Whether all tests pass though the line is broken"""
+    name, (old, new) = mutant
+    text = (TOP / f"{name}.py").read_text(encoding="utf-8")
+    if old not in text:
+        return f"{name}.py no longer has {old!r}"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "project")
+        shutil.copytree(TOP, copy, ignore=shutil.ignore_patterns(".git", "runs", "docs", "__pycache__", "data"))
+        (copy / "data").symlink_to(TOP / "data")
+        (copy / f"{name}.py").write_text(text.replace(old, new, 1), encoding="utf-8")
+        first = {"common": "common", "progan": "progan"}.get(name, "papers")
+        tests = sorted((copy / "tests").glob("test_*.py"), key=lambda path: path.stem != f"test_{first}")
+        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", *map(str, tests)], cwd=copy,
+                              capture_output=True, text=True, env=os.environ | dict(KILLS="1"))
+    return f"{name}.py: {old.strip()!r} -> {new.strip()!r}" if done.returncode == 0 else None
+
+
+if __name__ == "__main__":
+    mutants = [(name, each) for name in sys.argv[1:] or MUTANTS for each in MUTANTS[name]]
+    with ThreadPoolExecutor(2) as pool:
+        survivors = [each for each in pool.map(survives, mutants) if each]
+    print(*survivors, f"{len(mutants)} breaks, {len(survivors)} survivors", sep="\n")
+    sys.exit(bool(survivors))
