@@ -15,7 +15,7 @@ Differs from the paper, or from its authors' code:
 - Initialisation: torch's default; the authors' is uniform He/Glorot, DCGAN's N(0, 0.02).
 - z has 100 dimensions, as in DCGAN (the authors: 128), and m = 64 is as in most of their scripts (MNIST: 50).
 - β₁ = 0, as Algorithm 1 says; 0.5 in appendix E and in most of the authors' scripts.
-Measured: `python wgan_gp.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 12 min, estimate from 31 to 0.46.
+Measured: `python wgan_gp.py --dataset mnist --digit 7`, an EPYC core, torch 2.14: 16 min, estimate from 31 to 0.48.
 """
 import re
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter

@@ -4,6 +4,7 @@ import importlib
 import pytest
 import torch
 from torch import nn
+from truth import described
 
 SECOND = {"wgan": "Critic", "wgan_gp": "Critic", "lsgan": "Discriminator", "ebgan": "Discriminator"}
 
@@ -65,3 +66,11 @@ def test_a_critic_step_raises_the_difference_and_a_generator_step_the_fakes_scor
         before = D0(x).mean() - D0(G0(z)).mean()
         assert D(x).mean() - D(G0(z)).mean() > before
         assert D(G(z)).mean() > D(G0(z)).mean()
+
+
+def test_the_generators_layers_are_those_of_dcgan(script):
+    def norm(n):
+        return [f"BatchNorm2d {n} 1e-05 0.1 True", "ReLU"]
+    assert described(script.Generator(100, 3, 32, 16)) == [
+        "Unflatten", "100-64 k4 s1 p0", *norm(64), "64-32 k4 s2 p1", *norm(32), "32-16 k4 s2 p1", *norm(16),
+        "16-3 k4 s2 p1", "Tanh"]
