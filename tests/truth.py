@@ -3,42 +3,97 @@ import numpy as np
 import torch
 from torch import nn
 
-A0, B0 = np.linspace(-0.5, 0.7, 12).reshape(4, 3), np.array([0.1, -0.2, 0.3, 0.05])
 
+def parameter(values):
+    return nn.Parameter(torch.tensor(values, dtype=torch.float32))
+
+
+def flat(tensors):
+    return np.concatenate([each.detach().double().numpy().ravel() for each in tensors])
+
+
+# ---- Tiny networks; their numpy functions take all weights as one vector ----
 
 class LinearGenerator(nn.Module):
     """G(z) = A z + b, as an image of 2x2 pixels"""
-    def __init__(self, nz, channels, size, width):
+    start = np.append(np.linspace(-0.5, 0.7, 12), [0.1, -0.2, 0.3, 0.05])           # θ: A and b
+
+    def __init__(self, *_):
         super().__init__()
-        self.A = nn.Parameter(torch.tensor(A0, dtype=torch.float32))
-        self.b = nn.Parameter(torch.tensor(B0, dtype=torch.float32))
+        self.A, self.b = parameter(self.start[:12].reshape(4, 3)), parameter(self.start[12:])
 
     def forward(self, z):
         return (z @ self.A.T + self.b).view(-1, 1, 2, 2)
 
+    @staticmethod
+    def image(theta, z):
+        return z @ theta[:12].reshape(4, 3).T + theta[12:]
+
+    @staticmethod
+    def by_theta(by_x, z):
+        return np.append(by_x.T @ z, by_x.sum(0))
+
 
 class QuadraticCritic(nn.Module):
     """D(x) = <a, x> + s/2 ‖x‖², whose gradient a + s x depends on where it is taken"""
+    start = np.array([0.4, -0.3, 0.2, 0.6, 0.8])                                    # w: a and s
     seen = []
-    start = 0.4, -0.3, 0.2, 0.6, 0.8
 
-    def __init__(self, channels, size, width):
+    def __init__(self, *_):
         super().__init__()
-        self.a = nn.Parameter(torch.tensor(self.start[:4]))
-        self.s = nn.Parameter(torch.tensor(self.start[4]))
+        self.a, self.s = parameter(self.start[:4]), parameter(self.start[4])
         self.seen.clear()
 
     def forward(self, x):
         self.seen.append((x.requires_grad, x.is_leaf, max(p.abs().max().item() for p in self.parameters())))
         return x.flatten(1) @ self.a + self.s / 2 * x.flatten(1).square().sum(1)
 
+    @staticmethod
+    def score(w, x):
+        return x @ w[:4] + w[4] / 2 * (x**2).sum(1)
+
+    @staticmethod
+    def by_w(x):
+        return np.column_stack([x, (x**2).sum(1) / 2])
+
+    @staticmethod
+    def by_x(w, x):
+        return w[:4] + w[4] * x
+
+
+class LinearAutoencoder(nn.Module):
+    """Enc(x) = E x, Dec(S) = F S on images of 2x2 pixels"""
+    start = np.append(np.linspace(-0.8, 0.9, 8), np.linspace(0.7, -0.4, 8))         # w: E and F
+    seen = []
+
+    def __init__(self, *_):
+        super().__init__()
+        self.E, self.F = map(parameter, self.split(self.start))
+        self.seen.clear()
+
+    @staticmethod
+    def split(w):
+        return w[:8].reshape(2, 4), w[8:].reshape(4, 2)
+
+    def encode(self, x):
+        self.seen.append(x.requires_grad)
+        return x.flatten(1) @ self.E.T
+
+    def decode(self, S):
+        return (S @ self.F.T).view(-1, 1, 2, 2)
+
+
+# ---- Optimizers, in float64 ----
 
 class Adam:
-    """Kingma & Ba, Algorithm 1, in float64"""
+    """Kingma & Ba, Algorithm 1"""
+    moment = "exp_avg_sq"
+
     def __init__(self, lr, beta1, beta2):
         self.lr, self.beta1, self.beta2, self.t, self.m, self.v = lr, beta1, beta2, 0, 0, 0
 
     def step(self, w, g):
+        self.g = g
         self.t += 1
         self.m = self.beta1 * self.m + (1 - self.beta1) * g
         self.v = self.beta2 * self.v + (1 - self.beta2) * g**2
@@ -47,14 +102,16 @@ class Adam:
 
 
 class RMSProp:
-    """Tieleman & Hinton, lecture 6.5, in float64; direction(g) is what WGAN's Algorithm 1 calls RMSProp(w, g)"""
-    def __init__(self):
-        self.v = 0
+    """Tieleman & Hinton, lecture 6.5; direction(g) is what WGAN's Algorithm 1 calls RMSProp(w, g)"""
+    moment, v = "square_avg", 0
 
     def direction(self, g):
+        self.g = g
         self.v = 0.99 * self.v + 0.01 * g**2
         return g / (self.v**0.5 + 1e-8)
 
+
+# ---- What a run drew, and what it left ----
 
 class Drawn:
     """Records every random number that a script draws, and gives it 50 images of 2x2 pixels and tiny networks"""
@@ -91,6 +148,23 @@ def logged(out, *names):
     return np.stack([log[name] for name in names], axis=1)
 
 
+def assert_left(script, rows, numbers, **networks):
+    """What a run left: numbers all used; rows in the log; and of every network (it, weights, its optimizer here)"""
+    assert not any(list(rest) for rest in numbers)          # every number drawn was used, each once
+    np.testing.assert_allclose(logged("run", *rows[0]), [list(row.values()) for row in rows], 2e-5, 1e-6)
+    saved = script.read("run")
+    for name, (network, weights, optimizer) in networks.items():
+        parameters = list(network.parameters())
+        np.testing.assert_allclose(flat(parameters), weights, 2e-5, 1e-7, err_msg=name)
+        # What is left in .grad is the last gradient of each line: nothing leaks from one network's step to the
+        # other. Both optimizers hide the scale of a gradient in the weights, not in its second moment.
+        np.testing.assert_allclose(flat(p.grad for p in parameters), optimizer.g, 1e-3, 1e-6, err_msg=name)
+        moments = flat(state[optimizer.moment] for state in saved[f"opt_{name}"]["state"].values())
+        np.testing.assert_allclose(moments, optimizer.v, 1e-3, 1e-9, err_msg=name)
+
+
+# ---- Layers ----
+
 def described(layers):
     """One line per layer: what a table of layers in a paper would say"""
     def line(layer):
@@ -104,15 +178,12 @@ def described(layers):
     return [line(layer) for layer in layers]
 
 
-def dcgan_critic():
-    """DCGAN's discriminator of width 16 for 32x32 RGB, without its sigmoid"""
-    def block(n):
-        return [f"{n // 2}-{n} k4 s2 p1", f"BatchNorm2d {n} 1e-05 0.1 True", "LeakyReLU 0.2"]
-    return ["3-16 k4 s2 p1", "LeakyReLU 0.2", *block(32), *block(64), "64-1 k4 s1 p0", "Flatten"]
+def norm(n, activation):
+    return [f"BatchNorm2d {n} 1e-05 0.1 True", activation]
 
 
 def assert_dcgan_initialisation(*networks):
-    """Convolutions N(0, 0.02), batch norm N(1, 0.02) and 0, other biases 0 or as torch has them"""
+    """Convolutions N(0, 0.02), batch norm N(1, 0.02) and 0"""
     for network in networks:
         for layer in network.modules():
             weight = getattr(layer, "weight", None)
