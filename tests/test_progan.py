@@ -545,7 +545,8 @@ def test_the_size_is_32_for_the_sets_and_1024_for_folders():
             progan.train(**settings | dict(dataset=dataset, device="cpu", fmap_base=4, fmap_max=1))
 
 
-@pytest.mark.parametrize("name, value", [("size", 48), ("kimg", 0.0), ("gamma", 0.0), ("fmap_base", 0), ("fmap_max", 0),
+@pytest.mark.parametrize("name, value", [("size", 48), ("kimg", 0.0), ("gamma", 0.0), ("fmap_base", 0),
+                                         ("fmap_max", 0),
                                          ("batch_size", 0), ("steps", 0), ("nz", 0), ("beta2", 1.0), ("lr", -1.0)])
 def test_settings_that_make_no_sense_are_refused(name, value):
     with pytest.raises(ValueError, match=dict(beta2="beta", lr="learning rate").get(name, name)):
