@@ -204,7 +204,7 @@ def test_two_iterations_of_wgan_gp_equal_numpy(monkeypatch, changed):
     rows = []
     for _ in range(2):
         for _ in range(k["n_critic"]):
-            x, x_tilde, eps = next(real), image(theta, next(latent)), next(uniform).reshape(-1, 1)
+            x, x_tilde, eps = next(real), image(theta, next(latent)), next(uniform).reshape(k["batch_size"], 1)
             x_hat = eps * x + (1 - eps) * x_tilde
             grad = by_x(w, x_hat)
             length = np.sqrt((grad**2).sum(1))
