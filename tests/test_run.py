@@ -229,7 +229,7 @@ def test_a_checkpoint_half_written_leaves_the_old_one(script, monkeypatch):
 @pytest.mark.parametrize("script, number", [("wgan_gp", signal.SIGINT), ("wgan_gp", signal.SIGTERM),
                                             ("progan", signal.SIGINT)], indirect=["script"])
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(script, number):
-    process = background(script, "--steps 100000 --out run --save-every 10")
+    process = background(script, "--steps 100000 --out run --save-every 100")
     while not Path("run/checkpoint.pt").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
@@ -238,6 +238,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(script, number):
     assert process.returncode == 130
     assert len(err.splitlines()) == 1 and "the same command goes on" in err
     done = saved(script, "run")["run"][0]
+    assert 100 <= done < 200                                # at once, not with the next row
     assert int(rows("run")[-1]["step"]) == done and Path(f"run/{done:06d}.png").exists()
     assert Path("run/training.gif").exists()
     main(script, f"--steps {done + 2} --out run")
