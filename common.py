@@ -54,10 +54,9 @@ def find_device(name):
     ValueError if it is not on this machine"""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if str(name) == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"        # of torchrun: each process has its own
+    rank = os.environ.get("LOCAL_RANK", 0)                      # of torchrun: each process has a GPU of its own
     try:
-        probe = torch.ones(1, device=name)
+        probe = torch.ones(1, device=f"cuda:{rank}" if str(name) == "cuda" else name)
         probe.item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -358,7 +357,7 @@ def save_images(x, path):
 
 def save_each(batches, n, path, dataset=None):
     """The first n images of batches, (m, C, H, W) in [-1, 1], as 000000.png, ... in the new folder PATH/generated,
-    or, if PATH is the file of a checkpoint, in PATH without its ending; returns the folder.
+    or, if PATH is the file of a checkpoint, in PATH without its ending; prints and returns the folder.
     The border that load_images gave the 28x28 sets at size 32 is taken off.  ValueError for n < 1, OSError if the
     folder is there already"""
     if n < 1:
@@ -373,6 +372,7 @@ def save_each(batches, n, path, dataset=None):
         if channels_of(dataset) == 1 and image.shape[-1] == 32:
             image = image[..., 2:-2, 2:-2]
         _picture(image).save(folder / f"{i:06d}.png")
+    print(f"{n:,} images in {folder}")
     return folder
 
 

@@ -10,8 +10,7 @@ every pixel, not from one label. The pulling-away term keeps a batch's codes fro
 Differs from the paper (authors' code: none found; appendix: from others; equation numbers: an earlier version's):
 - D, at --width 64: 64-128-256, as for the paper's 64x64 images; G, batch norm, LeakyReLU, N(0, 0.02): DCGAN's.
 - One z for both losses, D's update first. Batch size, β₁, β₂, and --width 16, --steps 6000 for a CPU, are ours.
-Measured: `python ebgan.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 5 min, energies 5.1 and 9.3.
-"""
+Measured: `python ebgan.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 5 min, energies 5.1 and 9.3."""
 import re
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from contextlib import ExitStack
@@ -201,6 +200,7 @@ class Run:
         for name, loss in losses.items():
             self.sums.setdefault(name, torch.zeros_like(loss)).add_(loss.detach())
 
+    @torch.no_grad()
     def save(self):
         """A line, a row, the pictures, and when all these are there, the checkpoint"""
         count, self.saved = self.step - self.saved, self.step
@@ -273,7 +273,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(error)
     except KeyboardInterrupt:
-        parser.exit(130, f"{SCRIPT}.py: stopped; the same command goes on\n")
+        parser.exit(130, f"{SCRIPT}.py: stopped; in training, the same command goes on\n")
 
 
 if __name__ == "__main__":

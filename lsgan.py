@@ -19,8 +19,7 @@ Differs from the paper, or from its authors' code:
 - z: 100 dimensions, N(0, 1), as in DCGAN; in the authors' code 1,024, uniform on [-1, 1].
 - The mean over the batch, as in (2); the authors' code has the sum, which Adam hides but for its ε.
 - lr and β₁ are the paper's, lr for 28x28 characters (112x112 scenes: 1e-3); β₂ = 0.999 is Adam's default.
-Measured: `python lsgan.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 4.5 min, L_D 0.13, L_G 0.32.
-"""
+Measured: `python lsgan.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 4.5 min, L_D 0.13, L_G 0.32."""
 import re
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from contextlib import ExitStack
@@ -192,6 +191,7 @@ class Run:
         for name, loss in losses.items():
             self.sums.setdefault(name, torch.zeros_like(loss)).add_(loss.detach())
 
+    @torch.no_grad()
     def save(self):
         """A line, a row, the pictures, and when all these are there, the checkpoint"""
         count, self.saved = self.step - self.saved, self.step
@@ -264,7 +264,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(error)
     except KeyboardInterrupt:
-        parser.exit(130, f"{SCRIPT}.py: stopped; the same command goes on\n")
+        parser.exit(130, f"{SCRIPT}.py: stopped; in training, the same command goes on\n")
 
 
 if __name__ == "__main__":

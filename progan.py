@@ -13,9 +13,8 @@ Differs from the paper, or from its authors' code:
 - Pixel norm after every 3x3 convolution (A.1) and on the latents; in their code after the first, 4x4, too.
 - Minibatch standard deviation over the whole minibatch (§3), of each process; in their later code over groups of 4.
 - Not here: labels, mirrored images, a lower learning rate for the first 40 thousand images, more steps at the end.
-The defaults are the paper's, meant for GPUs. Measured with a line for a small machine, 2 EPYC cores, torch 2.15:
-`python progan.py --dataset mnist --digit 7 --size 32 --fmap-max 32 --kimg 20 --ema 0.995`: 11 min, estimate 0.69.
-"""
+The defaults are the paper's, meant for GPUs. Measured with a line for a small machine, 2 EPYC cores, torch 2.15,
+`python progan.py --dataset mnist --digit 7 --size 32 --fmap-max 32 --kimg 20 --ema 0.995`: 11 min, estimate 0.69"""
 import atexit
 import copy
 import math
@@ -293,7 +292,8 @@ class Run:
             self.step, self.time, self.rows, self.states = saved["run"]
             self.images = saved["images"]
         if self.rank == 0:
-            print(f"device: {fixed_z.device}\nrun folder: {self.out}\n{self.step} of {config.steps} steps are done")
+            print(f"device: {fixed_z.device}\nrun folder: {self.out}")
+            print(f"{self.step} of {config.steps} steps are done", flush=True)
 
     def __iter__(self):
         config, first, stop = self.config, self.step, []
@@ -423,7 +423,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(error)
     except KeyboardInterrupt:
-        parser.exit(130, f"{SCRIPT}.py: stopped; the same command goes on\n")
+        parser.exit(130, f"{SCRIPT}.py: stopped; in training, the same command goes on\n")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ Differs from the paper, or from its authors' code:
 - RMSProp: decay 0.99 and ε = 1e-8, torch's defaults; the paper names none.
 - --width 16, 32x32, --steps 6000, for two CPU cores and minutes; the authors': 64, 64x64, 600,000 steps (figure 3).
 - Not here, though in their code: 100 critic updates in each of steps 1 to 25, 501, 1001, ...
-Measured: `python wgan.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 10 min, estimate 0.088 to 0.0041.
-"""
+Measured: `python wgan.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 10 min, estimate 0.088 to 0.0041."""
 import re
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from contextlib import ExitStack
@@ -196,6 +195,7 @@ class Run:
         for name, loss in losses.items():
             self.sums.setdefault(name, torch.zeros_like(loss)).add_(loss.detach())
 
+    @torch.no_grad()
     def save(self):
         """A line, a row, the pictures, and when all these are there, the checkpoint"""
         count, self.saved = self.step - self.saved, self.step
@@ -268,7 +268,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(error)
     except KeyboardInterrupt:
-        parser.exit(130, f"{SCRIPT}.py: stopped; the same command goes on\n")
+        parser.exit(130, f"{SCRIPT}.py: stopped; in training, the same command goes on\n")
 
 
 if __name__ == "__main__":

@@ -298,3 +298,20 @@ def test_the_benchmark_counts_and_times():
     assert 0 < once < both < 2 * once
     counts = benchmark.operations(8)
     assert len(counts) == 3 and 0 < counts[0] < counts[2] < counts[1]      # 4x4; fading, which is both; 8x8
+
+
+# ---- What lsgan.py says ----
+
+def test_the_theorem_in_lsgans_docstring():
+    """2 C(G) = χ²_Pearson(p_d + p_g ‖ 2 p_g) with the labels -1, 1, 0 and the term that (4) adds, and not with
+    0, 1, 1: two distributions over five points"""
+    p_d, p_g = np.random.default_rng(0).dirichlet(np.ones(5), 2)
+
+    def C(a, b, c):
+        D = (b * p_d + a * p_g) / (p_d + p_g)               # minimises (2) at every point:
+        for shifted in (D + 1e-3, D - 1e-3):
+            assert (p_d * (shifted - b)**2 + p_g * (shifted - a)**2 > p_d * (D - b)**2 + p_g * (D - a)**2).all()
+        return (p_d * (D - c) ** 2 + p_g * (D - c) ** 2).sum() / 2
+    chi2 = (((2 * p_g) - (p_d + p_g)) ** 2 / (p_d + p_g)).sum()
+    np.testing.assert_allclose(2 * C(-1, 1, 0), chi2)
+    assert abs(2 * C(0, 1, 1) - chi2) > 0.05

@@ -79,6 +79,7 @@ MUTANTS = {
         ("create_graph=True", "create_graph=False"),
         ("dim=(1, 2, 3))", "dim=1).mean((1, 2))"),
         ("vector_norm(grad", "vector_norm(2 * grad"),
+        ("x = x.detach().requires_grad_()", "x = x.requires_grad_()"),
         ("lam=10.0,", "lam=1.0,"),
         ("beta1=0.0,", "beta1=0.5,"),
         ("beta2=0.9,", "beta2=0.99,"),

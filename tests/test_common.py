@@ -126,7 +126,8 @@ def test_mapped_files_are_made_once_and_replaced_when_the_folder_changes(photos,
         return pyramid(load_images(photos, size=size, root=tmp_path / "root", mapped=on_request))
     first, files = mapped(), sorted(cache.iterdir())
     assert [file.stat().st_size for file in files] == [10 * 3 * (16 * 16 + 8 * 8 + 4 * 4), 10 * 3 * 32 * 32]
-    assert all(str(file) in Path("/proc/self/maps").read_text() for file in files)
+    if Path("/proc/self/maps").exists():
+        assert all(str(file) in Path("/proc/self/maps").read_text() for file in files)
     made = [file.stat().st_mtime_ns for file in files]
     monkeypatch.setattr(common, "free_memory", lambda device="cpu": 1000)
     second = mapped(on_request=False)

@@ -35,7 +35,7 @@ def test_shapes_and_range(script, size, channels):
     if script is ebgan:
         S = D.encode(x)
         assert S.shape == (3, 8, size // 8, size // 8)
-        assert D.decode(S).shape == x.shape and D.decode(S).abs().max() <= 1
+        assert torch.equal(D(x), D.decode(S)) and D(x).shape == x.shape and D(x).abs().max() <= 1
     else:
         assert D(x).shape == (3,)
         widths = [layer.out_channels for layer in D if isinstance(layer, nn.Conv2d)]
@@ -185,10 +185,11 @@ def test_gradient_norm_and_its_derivative_are_finite_where_the_gradient_is_zero(
 
 
 def test_the_penalty_reaches_the_critics_weights_and_not_the_images():
-    a = torch.full((1, 4, 4), 0.5, requires_grad=True)      # ‖a‖ = 2
+    a = torch.tensor(0.5, requires_grad=True)
     x = torch.randn(3, 1, 4, 4, requires_grad=True)
-    (grad_norm(lambda x: (x * a).sum((1, 2, 3)), x) - 1).square().mean().backward()
-    torch.testing.assert_close(a.grad, 2 * (2 - 1) * a.detach() / 2)     # d/da (‖a‖ - 1)² = 2 (‖a‖ - 1) a / ‖a‖
+    (grad_norm(lambda x: a / 2 * x.square().sum((1, 2, 3)), x) - 1).square().mean().backward()
+    r = x.detach().flatten(1).norm(dim=1)
+    torch.testing.assert_close(a.grad, (2 * (a.detach() * r - 1) * r).mean())       # d/da (a ‖x‖ - 1)²
     assert x.grad is None
 
 
@@ -219,7 +220,7 @@ def test_two_iterations_of_wgan_gp_equal_numpy(monkeypatch, changed):
                          wasserstein=estimate))
         theta = opt_G.step(theta, by_theta(-by_x(w, x_tilde) / k["batch_size"], z))
 
-    assert_left(wgan_gp, rows, (real, latent, uniform), G=(G, theta, opt_G), D=(D, w, opt_D))
+    assert_left(wgan_gp, rows, (real, latent, uniform), rtol=2e-6, G=(G, theta, opt_G), D=(D, w, opt_D))
     # D sees a leaf that wants a gradient (x_hat), then constants (x_tilde, x); in G's step, images with a history.
     seen = [what[:2] for what in QuadraticCritic.seen]
     assert seen == 2 * (k["n_critic"] * [(True, True), (False, True), (False, True)] + [(True, False)])
@@ -247,21 +248,6 @@ def test_lsgans_losses_where_D_gives_all_real_images_one_number_and_all_fakes_an
     Drawn(monkeypatch, lsgan, Generator=LinearGenerator, Discriminator=Constant)
     lsgan.train(**labels, steps=1, lr=0.0, nz=3, batch_size=4, device="cpu", out="run")
     np.testing.assert_allclose(logged("run", "L_D", "L_G")[0], expected, atol=1e-7)
-
-
-def test_the_theorem_in_lsgans_docstring():
-    """2 C(G) = χ²_Pearson(p_d + p_g ‖ 2 p_g) with the labels -1, 1, 0 and the term that (4) adds, and not with
-    0, 1, 1: two distributions over five points"""
-    p_d, p_g = np.random.default_rng(0).dirichlet(np.ones(5), 2)
-
-    def C(a, b, c):
-        D = (b * p_d + a * p_g) / (p_d + p_g)               # minimises (2) at every point:
-        for shifted in (D + 1e-3, D - 1e-3):
-            assert (p_d * (shifted - b)**2 + p_g * (shifted - a)**2 > p_d * (D - b)**2 + p_g * (D - a)**2).all()
-        return (p_d * (D - c) ** 2 + p_g * (D - c) ** 2).sum() / 2
-    chi2 = (((2 * p_g) - (p_d + p_g)) ** 2 / (p_d + p_g)).sum()
-    np.testing.assert_allclose(2 * C(-1, 1, 0), chi2)
-    assert abs(2 * C(0, 1, 1) - chi2) > 0.05
 
 
 @pytest.mark.parametrize("changed", [{}, dict(a=0.3, b=-0.7, c=2.0, lr=0.01, beta1=0.2, beta2=0.8, batch_size=4)])
@@ -400,7 +386,7 @@ def test_three_iterations_of_ebgan_equal_numpy(monkeypatch, changed):
 
     if changed:
         assert 0 < (hinge > 0).mean() < 1                   # it is on for some images and off for others
-    assert_left(ebgan, rows, (real, latent), G=(G, theta, opt_G), D=(D, w, opt_D))
+    assert_left(ebgan, rows, (real, latent), rtol=2e-5, of_moments=1e-3, G=(G, theta, opt_G), D=(D, w, opt_D))
     # D sees constants, x and x_tilde in passes of their own, then, once, images with a history: code and energy
     # come from one pass.
     assert LinearAutoencoder.seen == 3 * [False, False, True]

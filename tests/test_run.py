@@ -56,13 +56,32 @@ def main(script, args, status=None):
     assert end.value.code == status
 
 
-def background(script, args):
-    return subprocess.Popen([sys.executable, f"{TOP}/{script.__name__}.py", *flags(tiny(script)), *args.split()],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def both(args, number):
+    """wgan_gp.py and progan.py side by side, each sent the signal when it has saved -> their (script, process)"""
+    waiting, ended = [], []
+    for name in ("wgan_gp", "progan"):
+        script = importlib.import_module(name)
+        words = [sys.executable, script.__file__, *flags(tiny(script)), *args.split(), "--out", name]
+        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        waiting.append((script, subprocess.Popen(words, **pipes)))
+    while waiting:
+        script, process = waiting.pop(0)
+        if Path(script.__name__, "checkpoint.pt").exists():
+            time.sleep(random.random() / 2 if number == signal.SIGKILL else 0)      # at any moment
+            process.send_signal(number)
+            ended.append((script, process))
+        else:
+            assert process.poll() is None, process.stderr.read()
+            waiting.append((script, process))
+            time.sleep(0.001)
+    return ended
 
 
-def saved(script, out):
-    return script.read(out)
+def assert_goes_on(script, out, done):
+    """Two steps more end where a run that was never stopped ends"""
+    main(script, f"--steps {done + 2} --out {out} --save-every 1000")
+    main(script, f"--steps {done + 2} --out {out}-whole --save-every 1000")
+    assert_same(training(script, out), training(script, f"{out}-whole"))
 
 
 def rows(out):
@@ -89,7 +108,7 @@ def assert_same(a, b):
 
 def training(script, out):
     """All of a checkpoint but the clock and the rows"""
-    checkpoint = saved(script, out)
+    checkpoint = script.read(out)
     step, _, _, states = checkpoint.pop("run")
     return checkpoint | dict(step=step, states=states)
 
@@ -185,7 +204,7 @@ def test_three_steps_and_three_steps_are_six_steps(each, capsys):
     G, D = each.train(**tiny(each), steps=6, out="parts")
     assert "6 of 6 steps are done" in capsys.readouterr().out and content("parts") == before
     for network, name in ((G, "G"), (D, "D")):
-        assert_same(dict(network.state_dict()), dict(saved(each, "parts")[name]))
+        assert_same(dict(network.state_dict()), dict(each.read("parts")[name]))
 
 
 def test_files_without_a_checkpoint_do_not_matter(script):
@@ -199,19 +218,13 @@ def test_files_without_a_checkpoint_do_not_matter(script):
 
 
 @pytest.mark.parametrize("attempt", range(KILLS))
-def test_kill_at_any_moment_then_continue(script, attempt):
-    process = background(script, "--steps 1000000 --out run --save-every 1")
-    while not Path("run/checkpoint.pt").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.001)
-    time.sleep(random.random() / 2)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    done = saved(script, "run")["run"][0]
-    main(script, f"--steps {done + 2} --out run --save-every 1000")
-    main(script, f"--steps {done + 2} --out whole --save-every 1000")
-    assert_same(training(script, "run"), training(script, "whole"))
-    assert [int(row["step"]) for row in rows("run")] == [*range(1, done + 1), done + 2]
+def test_kill_at_any_moment_then_continue(attempt):
+    for script, process in both("--steps 1000000 --save-every 1", signal.SIGKILL):
+        assert process.wait() == -signal.SIGKILL
+        out = script.__name__
+        done = script.read(out)["run"][0]
+        assert_goes_on(script, out, done)
+        assert [int(row["step"]) for row in rows(out)] == [*range(1, done + 1), done + 2]
 
 
 def test_a_checkpoint_half_written_leaves_the_old_one(script, monkeypatch):
@@ -226,68 +239,59 @@ def test_a_checkpoint_half_written_leaves_the_old_one(script, monkeypatch):
     assert Path("run/checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("script, number", [("wgan_gp", signal.SIGINT), ("wgan_gp", signal.SIGTERM),
-                                            ("progan", signal.SIGINT)], indirect=["script"])
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(script, number):
-    process = background(script, "--steps 100000 --out run --save-every 100")
-    while not Path("run/checkpoint.pt").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert len(err.splitlines()) == 1 and "the same command goes on" in err
-    done = saved(script, "run")["run"][0]
-    assert 100 <= done < 200                                # at once, not with the next row
-    assert int(rows("run")[-1]["step"]) == done and Path(f"run/{done:06d}.png").exists()
-    assert Path("run/training.gif").exists()
-    main(script, f"--steps {done + 2} --out run")
-    main(script, f"--steps {done + 2} --out whole --save-every 1000")
-    assert_same(training(script, "run"), training(script, "whole"))
-
-
-def test_signal_handlers_are_put_back(script):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    main(script, "--steps 1 --out run")
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(number):
+    for script, process in both("--steps 100000 --save-every 40", number):
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert len(err.splitlines()) == 1 and "the same command goes on" in err
+        out = script.__name__
+        done = script.read(out)["run"][0]
+        assert 40 <= done < 80                              # at once, not with the next row
+        assert int(rows(out)[-1]["step"]) == done and Path(out, f"{done:06d}.png").exists()
+        assert Path(out, "training.gif").exists()
+        assert_goes_on(script, out, done)
 
 
 @pytest.mark.parametrize("name, value", [("lr", 0.5), ("digit", 8), ("seed", 1), ("batch_size", 9), ("nz", 9),
                                          ("size", 32), ("channels", 3), ("dataset", "fashion-mnist")])
 def test_continuing_with_another_setting_is_refused_and_nothing_overwritten(script, capsys, name, value):
     main(script, "--steps 1 --out run")
-    before, was = content("run"), saved(script, "run")["settings"][name]
+    before, was = content("run"), script.read("run")["settings"][name]
     capsys.readouterr()
     main(script, f"--steps 2 --out run --{name.replace('_', '-')} {value}", status=2)
     err = capsys.readouterr().err
     assert f"{name} {was}, not {value}" in err and len(err.splitlines()) == 1 and content("run") == before
 
 
-def test_place_root_and_save_every_may_change(script):
+def test_place_root_and_save_every_may_change_and_signal_handlers_are_put_back(script):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     main(script, "--steps 2 --out here")
     shutil.move("here", "there")
     main(script, f"--steps 4 --out there --save-every 1 --keep --root {TOP / 'data'}")
-    assert saved(script, "there")["run"][0] == 4
+    assert script.read("there")["run"][0] == 4
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_how_a_step_is_made_is_this_runs_not_the_checkpoints(script):
     main(script, "--steps 2 --out run")
-    groups, checkpoint = saved(script, "run")["opt_D"]["param_groups"], saved(script, "run")
+    groups, checkpoint = script.read("run")["opt_D"]["param_groups"], script.read("run")
     for name in ("opt_G", "opt_D"):                         # as saved by a recorded run on CUDA
         checkpoint[name]["param_groups"][0].update(capturable=True)
     torch.save({script.__name__: checkpoint}, "run/checkpoint.pt")
     main(script, "--steps 3 --out run")
-    assert_same(saved(script, "run")["opt_D"]["param_groups"], groups)
+    assert_same(script.read("run")["opt_D"]["param_groups"], groups)
 
 
 # ---- Generate and load ----
 
-def test_a_generated_image_is_the_loaded_generators(each):
+def test_a_generated_image_is_the_loaded_generators(each, capsys):
     main(each, "--steps 2 --out run --size 32")
     G = each.load("run")
     assert not G.training
     main(each, "--generate 67 --out run --size 256 --seed 5")           # networks come from the checkpoint
     folder = Path("run/generated")
+    assert f"67 images in {folder}" in capsys.readouterr().out
     assert sorted(p.name for p in folder.iterdir()) == [f"{i:06d}.png" for i in range(67)]
     x = G(torch.randn(64, 8, generator=torch.Generator().manual_seed(5)))
     for i in range(3):
@@ -297,19 +301,11 @@ def test_a_generated_image_is_the_loaded_generators(each):
         torch.testing.assert_close(G(torch.cat([x.new_zeros(1, 8), torch.randn(
             64, 8, generator=torch.Generator().manual_seed(5))[i:i + 1]]))[1], x[i], rtol=1e-3, atol=1e-4)
     first = [p.read_bytes() for p in sorted(folder.iterdir())]
-    main(each, "--generate 2 --out run", status=2)                      # what is there is not overwritten
+    for n in 0, 2:                                          # none; and what is there is not overwritten
+        main(each, f"--generate {n} --out run", status=2)
     shutil.rmtree(folder)
     assert each.generate("run", 5, "cpu", 5) == folder                  # image i does not depend on their number
     assert [p.read_bytes() for p in sorted(folder.iterdir())] == first[:5]
-
-
-@pytest.mark.parametrize("args, word", [("--generate 0 --out run", "--generate"), ("--generate x", "--generate"),
-                                        ("--generate 3 --out nowhere", "nowhere")])
-def test_generate_refuses(script, capsys, args, word):
-    main(script, "--steps 1 --out run")
-    capsys.readouterr()
-    main(script, args, status=2)
-    assert word in capsys.readouterr().err and not Path("nowhere").exists()
 
 
 # ---- Errors: one sentence, status 2, nothing written ----
@@ -320,7 +316,8 @@ def test_generate_refuses(script, capsys, args, word):
     ("--save-every 0", "save_every"), ("--nz 0", "nz"), ("--lr -1", "learning rate"), ("--lr x", "--lr"),
     ("--beta2 1", "beta"), ("--channels 2", "--channels"), ("--device nothing", "--device nothing"),
     ("--device meta", "--device meta"), ("--out file/run", "file"), ("--out file", "file"),
-    ("--unknown 3", "--unknown"), ("--dataset cifar10 --root empty", "cifar-10-python.tar.gz")])
+    ("--unknown 3", "--unknown"), ("--dataset cifar10 --root empty", "cifar-10-python.tar.gz"),
+    ("--generate x", "--generate"), ("--generate 3 --out nowhere", "nowhere")])
 def test_errors_are_one_sentence(script, capsys, args, word):
     Path("folder").mkdir()
     Path("file").write_text("a file")
@@ -445,9 +442,13 @@ def test_help_explains_every_setting(each, capsys):
         assert f"--{setting.replace('_', '-')}" in text
 
 
-def test_the_run_block_is_the_same_to_the_letter():
+@pytest.mark.parametrize("block", [
+    "import re\n.*# ---- Networks", "class Generator.*?nn.Tanh", "    # The networks\n.*?steps=",
+    "    seed=0,.*?record=", "    device, channels.*?    G = ", "    run = Run.*?    for step in run:",
+    "# ---- The run: .*"])
+def test_what_the_four_share_is_the_same_to_the_letter(block):
     texts = [(TOP / f"{name}.py").read_text(encoding="utf-8") for name in FOUR]
-    assert len({text.split("# ---- The run: ")[1] for text in texts}) == 1
+    assert len({re.search(block, text, re.DOTALL)[0] for text in texts}) == 1
 
 
 # ---- CUDA ----
@@ -480,8 +481,8 @@ def test_a_recorded_run_continues(script, exact):
     main(script, "--steps 12 --out whole --device cuda --record")
     main(script, "--steps 6 --out parts --device cuda --record")
     main(script, "--steps 12 --out parts --device cuda --record")
-    for key, value in saved(script, "whole")["G"].items():
-        torch.testing.assert_close(value, saved(script, "parts")["G"][key], rtol=1e-4, atol=1e-5)
+    for key, value in script.read("whole")["G"].items():
+        torch.testing.assert_close(value, script.read("parts")["G"][key], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.cuda
@@ -491,7 +492,7 @@ def test_a_checkpoint_moves_between_cpu_and_cuda(script):
     main(script, "--steps 4 --out run --device cuda")
     main(script, f"--steps 8 --out run --device cuda {'--record' if script.__name__ in FOUR else ''}")
     main(script, "--steps 9 --out run --device cpu")
-    assert saved(script, "run")["run"][0] == 9
+    assert script.read("run")["run"][0] == 9
     shown = []
     for device in ("cpu", "cuda"):
         folder = script.generate("run", 3, device)
@@ -508,7 +509,7 @@ def test_images_that_do_not_fit_are_copied_batch_by_batch(script, monkeypatch, c
     free = common.free_memory
     monkeypatch.setattr(common, "free_memory", lambda device="cpu": free() if device == "cpu" else 1000)
     main(script, "--steps 3 --out copied --device cuda")
-    assert saved(script, "copied")["run"][0] == 3
+    assert script.read("copied")["run"][0] == 3
     if script.__name__ in FOUR:
         main(script, "--steps 9 --out recorded --device cuda --record", status=2)
         assert "--record needs the images in the GPU's memory" in capsys.readouterr().err
