@@ -45,8 +45,11 @@ UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, Arithmet
 # ---- Images in ---------------------------------------------------------------------------------------------------
 
 def channels_of(dataset, channels=None):
-    """channels; if that is None, 1 for the grey data sets, 3 for the others and for every folder"""
-    return DATASETS.get(dataset, (None, 3))[1] if channels is None else channels
+    """channels; if that is None, 1 for the grey data sets, 3 for the others and for every folder.  ValueError for
+    any other number"""
+    if channels not in (None, 1, 3):
+        raise ValueError(f"--channels must be 1 (grey) or 3 (RGB), not {channels}")
+    return channels or DATASETS.get(dataset, (None, 3))[1]
 
 
 def find_device(name):
@@ -84,8 +87,6 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, 
     Raises ValueError (the request makes no sense) or OSError (a file or the download failed).
     """
     root, channels = Path(os.path.expanduser(root or ROOT)), channels_of(dataset, channels)
-    if channels not in (1, 3):
-        raise ValueError(f"--channels must be 1 (grey) or 3 (RGB), not {channels}")
     if size < 1:
         raise ValueError(f"--size must be at least 1, not {size}")
     if dataset in DATASETS:
@@ -317,11 +318,16 @@ def batches(images, m, device="cpu", resident=False):
 # ---- Images out --------------------------------------------------------------------------------------------------
 
 def run_folder(script, settings):
-    """Where a run's images go: OUT, or runs/SCRIPT-DATASET-DIGIT, by its settings out, dataset and digit"""
-    name = f"{script}-{Path(settings.dataset).expanduser().resolve().name}"
+    """Where a run's images go: OUT, or runs/SCRIPT-DATASET-DIGIT, by its settings out, dataset and digit.
+    ValueError if the images of the data set are there"""
+    images = Path(os.path.expanduser(settings.dataset))
+    name = f"{script}-{images.resolve().name}"
     if settings.digit is not None:
         name += f"-{settings.digit}"
-    return Path(settings.out or f"runs/{name}").expanduser()
+    out = Path(os.path.expanduser(settings.out or f"runs/{name}"))
+    if out.is_dir() and images.is_dir() and out.samefile(images):
+        raise ValueError(f"--out {out} is the folder of the images: name another folder")
+    return out
 
 
 @contextlib.contextmanager
@@ -365,7 +371,7 @@ def save_each(batches, n, path, dataset=None):
     path = Path(path)
     folder = path / "generated" if path.is_dir() else path.with_suffix("")
     if folder.exists():
-        raise FileExistsError(f"{folder} is there already: rename or remove it, then generate again")
+        raise FileExistsError(f"{folder} is there already: rename it, then generate again")
     folder.mkdir()
     images = (image for x in batches for image in x)
     for i, image in enumerate(itertools.islice(images, n)):

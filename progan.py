@@ -273,7 +273,7 @@ MAY_CHANGE = {"steps", "save_every", "keep", "device", "root", "out"}       # wh
 
 
 class Run:
-    """for step in run: the steps left to do, from 1 on.  parts: what has a state_dict; it is restored and saved"""
+    """for step in run: the steps still to be made; the very first is 1.  parts: all that has a state_dict"""
     def __init__(self, config, fixed_z, **parts):
         self.config, self.fixed_z, self.parts = config, fixed_z, parts
         self.settings = {key: it for key, it in vars(config).items() if key not in MAY_CHANGE}
@@ -284,10 +284,10 @@ class Run:
         self.rank, self.world = processes(fixed_z.device)
         if Path(self.out, "checkpoint.pt").exists():
             saved = read(self.out)
-            for name, old in saved["settings"].items() - self.settings.items():
+            for name, old in saved["settings"].items() - self.settings.items():     # the first
                 raise ValueError(f"{self.out} has {name} {old}, not {vars(config)[name]}: name another --out")
             for name, part in parts.items():
-                saved[name].pop("param_groups", None)       # the same, but for what this device needs
+                saved[name].pop("param_groups", None)       # fused and capturable are this run's
                 part.load_state_dict(part.state_dict() | saved[name])
             self.step, self.time, self.rows, self.states = saved["run"]
             self.images = saved["images"]
@@ -297,7 +297,7 @@ class Run:
 
     def __iter__(self):
         config, first, stop = self.config, self.step, []
-        self.saved, self.begin = self.step, perf_counter() - self.time
+        self.since, self.begin = self.step, perf_counter() - self.time
         for each, state in zip(self.random, (self.states + [[]] * self.world)[self.rank]):
             each.set_rng_state(state)
         with ExitStack() as stack:
@@ -327,7 +327,7 @@ class Run:
         states = everyones([each.get_rng_state() for each in self.random])
         if self.rank > 0:
             return
-        count, self.saved = self.step - self.saved, self.step
+        count, self.since = self.step - self.since, self.step
         row = self.place | {name: total.item() / count for name, total in self.sums.items()}
         for total in self.sums.values():
             total.zero_()
@@ -383,7 +383,7 @@ def read(path):
 
 
 def load(path):
-    """The moving average of such a checkpoint's G, as large as it has grown, on the CPU: z ~ N(0, 1), (n, nz) ->
+    """The moving average of G in what read() finds, as large as it has grown, on the CPU: z ~ N(0, 1), (n, nz) ->
     images, about in [-1, 1], (n, C, H, W)"""
     saved = read(path)
     settings = saved["settings"]
@@ -394,7 +394,7 @@ def load(path):
 
 
 def generate(path, n, device="auto", seed=0):
-    """Writes n images of such a checkpoint, image i by seed and i alone, and returns their new folder"""
+    """Writes n images of what read() finds, image i by seed and i alone, and returns their new folder"""
     settings, device = read(path)["settings"], find_device(device)
     G, noise = load(path).to(device), torch.Generator().manual_seed(seed)
     z = (torch.randn(64, settings["nz"], generator=noise) for _ in range(0, n, 64))

@@ -107,7 +107,7 @@ def train(
     opt_D = torch.optim.Adam(w, lr, (beta1, beta2), fused=True, capturable=record)
     run = Run(config, fixed_z, G=G, D=D, opt_G=opt_G, opt_D=opt_D)
     P_r = batches(load_images(dataset, digit, size, root, channels), batch_size, device, resident=record)
-    save_images(next(P_r)[:64], run.out / "real.png")
+    save_images(next(P_r)[:64], run.out / "real.png")         # before run restores the random state
 
     for step in run:                                          #  1: while θ has not converged do
         for _ in range(n_critic):                             #  2:   for t = 1, ..., n_critic do
@@ -142,7 +142,7 @@ MAY_CHANGE = {"steps", "save_every", "keep", "record", "device", "root", "out"} 
 
 
 class Run:
-    """for step in run: the steps left to do, from 1 on.  parts: what has a state_dict; it is restored and saved"""
+    """for step in run: the steps still to be made; the very first is 1.  parts: all that has a state_dict"""
     def __init__(self, config, fixed_z, **parts):
         self.config, self.fixed_z, self.parts = config, fixed_z, parts
         self.settings = {key: it for key, it in vars(config).items() if key not in MAY_CHANGE}
@@ -152,17 +152,17 @@ class Run:
         self.sums = {}
         if Path(self.out, "checkpoint.pt").exists():
             saved = read(self.out)
-            for name, old in saved["settings"].items() - self.settings.items():
+            for name, old in saved["settings"].items() - self.settings.items():     # the first
                 raise ValueError(f"{self.out} has {name} {old}, not {vars(config)[name]}: name another --out")
             for name, part in parts.items():
-                saved[name].pop("param_groups", None)       # the same, but for what this device needs
+                saved[name].pop("param_groups", None)       # fused and capturable are this run's
                 part.load_state_dict(part.state_dict() | saved[name])
             self.step, self.time, self.rows, self.states = saved["run"]
         print(f"device: {fixed_z.device}\nrun folder: {self.out}\n{self.step} of {config.steps} steps are done")
 
     def __iter__(self):
         config, first, stop = self.config, self.step, []
-        self.saved, self.begin = self.step, perf_counter() - self.time
+        self.since, self.begin = self.step, perf_counter() - self.time
         for each, state in zip(self.random, self.states):
             each.set_rng_state(state)
         with ExitStack() as stack:
@@ -178,7 +178,7 @@ class Run:
                         raise KeyboardInterrupt
 
     def recorded(self, first):
-        """--record: three steps run on a side stream; the fourth is recorded there, and from then on replayed"""
+        """--record: three steps run on a side stream; the fourth is only recorded; from it on all are replays"""
         number = self.step - first
         if number == 1:
             self.graph, self.stream = cuda.CUDAGraph(), cuda.Stream()
@@ -201,10 +201,10 @@ class Run:
     @torch.no_grad()
     def save(self):
         """A line, a row, the pictures, and when all these are there, the checkpoint"""
-        count, self.saved = self.step - self.saved, self.step
+        count, self.since = self.step - self.since, self.step
         means = {name: total.item() / count for name, total in self.sums.items()}
         for total in self.sums.values():
-            total.zero_()
+            total.zero_()                                   # in place: a recorded step adds to it
         self.time = perf_counter() - self.begin
         left = self.time * (self.config.steps / self.step - 1) / 60
         losses = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
@@ -235,7 +235,7 @@ def read(path):
 
 
 def load(path):
-    """The generator of such a checkpoint, on the CPU: z ~ N(0, 1), (n, nz) -> images in [-1, 1], (n, C, H, W)"""
+    """The generator of what read() finds, on the CPU: z ~ N(0, 1), (n, nz) -> images in [-1, 1], (n, C, H, W)"""
     saved = read(path)
     G = Generator(*(saved["settings"][name] for name in ("nz", "channels", "size", "width")))
     G.load_state_dict(saved["G"])
@@ -243,7 +243,7 @@ def load(path):
 
 
 def generate(path, n, device="auto", seed=0):
-    """Writes n images of such a checkpoint, image i by seed and i alone, and returns their new folder"""
+    """Writes n images of what read() finds, image i by seed and i alone, and returns their new folder"""
     settings, device = read(path)["settings"], find_device(device)
     G, noise = load(path).to(device), torch.Generator().manual_seed(seed)
     z = (torch.randn(64, settings["nz"], generator=noise) for _ in range(0, n, 64))

@@ -257,6 +257,10 @@ def test_devices_and_run_folders():
     for name in ("nothing", "cuda:77"):
         with pytest.raises(ValueError, match=f"--device {name} is not on this machine"):
             find_device(name)
-    for folder, out, dataset, digit in (("runs/wgan-photos", None, "path/to/photos/", None),
+    Path("mine").mkdir()
+    with pytest.raises(ValueError, match="--out mine is the folder of the images"):
+        run_folder("wgan", argparse.Namespace(out="mine", dataset="./mine", digit=None))
+    for folder, out, dataset, digit in (("~nobody/x", "~nobody/x", "~nobody/y", None),
+                                        ("runs/wgan-photos", None, "path/to/photos/", None),
                                         ("runs/wgan-mnist-0", None, "mnist", 0), ("a", "a", "mnist", 0)):
         assert run_folder("wgan", argparse.Namespace(out=out, dataset=dataset, digit=digit)) == Path(folder)
