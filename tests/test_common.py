@@ -260,7 +260,7 @@ def test_devices_and_run_folders():
     Path("mine").mkdir()
     with pytest.raises(ValueError, match="--out mine is the folder of the images"):
         run_folder("wgan", argparse.Namespace(out="mine", dataset="./mine", digit=None))
-    for folder, out, dataset, digit in (("~nobody/x", "~nobody/x", "~nobody/y", None),
+    for folder, out, dataset, digit in (("~no one/x", "~no one/x", "~no one/y", None),
                                         ("runs/wgan-photos", None, "path/to/photos/", None),
                                         ("runs/wgan-mnist-0", None, "mnist", 0), ("a", "a", "mnist", 0)):
         assert run_folder("wgan", argparse.Namespace(out=out, dataset=dataset, digit=digit)) == Path(folder)
