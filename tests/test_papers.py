@@ -54,13 +54,6 @@ def test_the_generators_layers_are_those_of_dcgan(script):
         "32-16 k4 s2 p1", *norm(16, "ReLU"), "16-3 k4 s2 p1", "Tanh"]
 
 
-@pytest.mark.parametrize("size, in_G, in_D", [(64, 3_576_704, 2_765_568), (32, 1_068_928, 663_296)])
-def test_as_many_parameters_as_the_first_wgans_networks(script, size, in_G, in_D):
-    assert sum(p.numel() for p in script.Generator(100, 3, size, 64).parameters()) == in_G
-    if script in (wgan, lsgan):
-        assert sum(p.numel() for p in SECOND[script](3, size, 64).parameters()) == in_D
-
-
 @pytest.mark.parametrize("script", [wgan, lsgan])
 def test_the_critic_is_dcgans_and_ends_linear(script):
     assert described(SECOND[script](3, 32, 16)) == [
@@ -141,26 +134,6 @@ def test_the_clip_reaches_every_weight_of_the_critic_batch_norms_too_and_not_the
     assert G[1].weight.abs().max() > 0.03
 
 
-@pytest.mark.parametrize("script, settings", [(wgan, dict(c=9.0)), (wgan_gp, dict(lam=0.0))])
-def test_a_critic_step_raises_the_difference_and_a_generator_step_the_fakes_score(monkeypatch, script, settings):
-    """The signs, on the real networks: the definition of the game, whatever the code looks like"""
-    drawn = Drawn(monkeypatch, script, side=16)
-
-    def started_alike(network):
-        def start(*args):
-            torch.manual_seed(1)
-            return network(*args)
-        return start
-    for name in "Generator", "Critic":
-        monkeypatch.setattr(script, name, started_alike(getattr(script, name)))
-    G0, D0 = script.Generator(5, 1, 16, 4), script.Critic(1, 16, 4)
-    G, D = script.train(**settings, steps=1, n_critic=1, size=16, width=4, nz=5, lr=1e-3, device="cpu", out="run")
-    x, z = drawn.images / 127.5 - 1, torch.randn(64, 5)
-    with torch.no_grad():
-        assert D(x).mean() - D(G0(z)).mean() > D0(x).mean() - D0(G0(z)).mean()
-        assert D(G(z)).mean() > D(G0(z)).mean()
-
-
 # ---- WGAN-GP ----
 
 def test_gradient_norm_of_a_linear_and_of_a_quadratic_critic():
@@ -237,15 +210,9 @@ def test_two_iterations_of_wgan_gp_equal_numpy(monkeypatch, changed):
     (2, 3, dict(a=7.0, b=4.0, c=-1.0), (2 + 8, 8))])
 def test_lsgans_losses_where_D_gives_all_real_images_one_number_and_all_fakes_another(
         monkeypatch, real, fake, labels, expected):
-    class Constant(nn.Module):
-        def __init__(self, *_):
-            super().__init__()
-            self.zero, self.calls = nn.Parameter(torch.zeros(())), 0
-
-        def forward(self, x):
-            self.calls += 1
-            return self.zero + (real if self.calls == 1 else fake) + 0 * x.flatten(1).sum(1)
-    Drawn(monkeypatch, lsgan, Generator=LinearGenerator, Discriminator=Constant)
+    outputs = iter([real, fake, fake])                      # D(x); D(x_tilde) in D's step and in G's
+    monkeypatch.setattr(QuadraticCritic, "forward", lambda D, x: next(outputs) + 0 * (x.flatten(1) @ D.a + D.s))
+    Drawn(monkeypatch, lsgan, Generator=LinearGenerator, Discriminator=QuadraticCritic)
     lsgan.train(**labels, steps=1, lr=0.0, nz=3, batch_size=4, device="cpu", out="run")
     np.testing.assert_allclose(logged("run", "L_D", "L_G")[0], expected, atol=1e-7)
 
@@ -283,22 +250,13 @@ class Fixed(nn.Module):
         self.encode, self.decode = nn.Identity(), lambda S: factor * S
 
 
-def test_energy_is_the_norm_of_each_images_residual_and_not_a_mean_of_squares():
+def test_energy_is_the_norm_of_each_images_residual_and_its_gradient_is_finite_at_zero():
     x = torch.randn(5, 3, 8, 8) * torch.arange(1., 6.).view(5, 1, 1, 1)
     for factor in 1.0, 0.0, -1.0, 3.0:
         torch.testing.assert_close(energy(Fixed(factor), x), abs(factor - 1) * x.flatten(1).norm(dim=1))
     assert energy(Fixed(0.0), torch.ones(2, 1, 32, 32)).tolist() == [32, 32]     # √1024, as are the margins
-
-
-def test_energy_of_the_real_autoencoder_image_by_image():
-    torch.manual_seed(0)
-    D, x = ebgan.Discriminator(3, 32, 4), torch.rand(6, 3, 32, 32) * 2 - 1
-    energy(D, x)                                            # running statistics that differ from 0 and 1
-    D.eval()
-    alone = torch.stack([torch.linalg.vector_norm(D.decode(D.encode(x[i:i + 1])) - x[i]) for i in range(6)])
-    assert alone.std() > 1e-3
-    torch.testing.assert_close(energy(D, x), alone)
-    torch.testing.assert_close(energy(D, x, D.encode(x)), alone)
+    (grad,) = torch.autograd.grad(energy(Fixed(1.0), x.requires_grad_()).sum(), x)
+    assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("code", ["known", "not known"])
@@ -312,13 +270,6 @@ def test_the_energys_gradient_flows_through_both_occurrences_of_the_image(code):
                                rtol=1e-5, atol=1e-6)
 
 
-def test_energy_and_its_gradient_are_finite_where_the_image_is_reproduced_exactly():
-    x = torch.randn(3, 1, 4, 4, requires_grad=True)
-    e = energy(Fixed(1.0), x)
-    e.sum().backward()
-    assert torch.equal(e, torch.zeros(3)) and x.grad.isfinite().all()
-
-
 # ---- EBGAN: the pulling-away term (14) ----
 
 @pytest.mark.parametrize("S, expected", [
@@ -330,13 +281,6 @@ def test_energy_and_its_gradient_are_finite_where_the_image_is_reproduced_exactl
     (torch.randn(1, 7), 0)])
 def test_pulling_away_term(S, expected):
     torch.testing.assert_close(pulling_away(S), torch.tensor(float(expected)), rtol=1e-5, atol=1e-6)
-
-
-def test_pulling_away_is_the_double_sum():
-    S = np.random.default_rng(0).normal(size=(7, 5))
-    total = sum((S[i] @ S[j] / np.linalg.norm(S[i]) / np.linalg.norm(S[j])) ** 2
-                for i in range(7) for j in range(7) if j != i)
-    np.testing.assert_allclose(pulling_away(torch.tensor(S)), total / (7 * 6))
 
 
 def pulling_away_and_slope(S):

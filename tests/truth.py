@@ -148,6 +148,26 @@ def logged(out, *names):
     return np.stack([log[name] for name in names], axis=1)
 
 
+def training(script, out):
+    """All of a checkpoint but the clock and the rows"""
+    checkpoint = script.read(out)
+    step, _, _, states = checkpoint.pop("run")
+    return checkpoint | dict(step=step, states=states)
+
+
+def assert_same(a, b):
+    """Bit for bit, whatever is nested in a and b"""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+    if isinstance(a, (dict, list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a.values(), b.values()) if isinstance(a, dict) else zip(a, b):
+            assert_same(x, y)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 def assert_left(script, rows, numbers, rtol=1e-5, of_moments=1e-4, **networks):
     """What a run left: numbers all used; rows in the log; and of every network (it, weights, its optimizer here).
     rtol: of D's weights"""
