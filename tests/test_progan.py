@@ -324,7 +324,6 @@ def gradients(x, z, average=False):
 whole, mine, alone = gradients(x, z), gradients(x[rank::2], z[rank::2], True), gradients(x[rank::2], z[rank::2])
 torch.testing.assert_close(whole, mine, rtol=1e-4, atol=1e-5)
 assert len(whole) > 20 and max((a - b).abs().max() for a, b in zip(whole, alone)) > 1e-2
-
 if rank == 1: progan.replacing = progan.save_images = progan.save_animation = progan.save_curve = None
 drawn, randn, fade = [], torch.randn, progan.fade
 def recorded(*args, **kwargs):
