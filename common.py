@@ -6,21 +6,43 @@
     save_images     a grid as one PNG;  save_each: every image as its own
     save_animation  a GIF of a run's grids;  save_curve: its numbers as curves, and as a table
 
+The rest is what surrounds a run: its settings, device, folder and checkpoint, signals, and errors in one sentence.
+
 Errors are ValueError or OSError, one sentence that names the file or flag and says what to do.
 """
 import contextlib
+import errno
+import functools
 import glob
+import gzip
 import hashlib
+import http.client
+import inspect
+import io
 import itertools
 import math
+import numbers
 import os
+import pickle
+import signal
 import struct
 import sys
+import tarfile
+import tempfile
 import time
+import traceback
+import types
+import uuid
 import warnings
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                                         # not on Windows
+    fcntl = None
 
 import numpy as np
 import torch
@@ -36,10 +58,9 @@ DATASETS = {  # name: torchvision's class, channels
     "fashion-mnist": (datasets.FashionMNIST, 1),
     "cifar10": (datasets.CIFAR10, 3),
 }
-ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-# Whatever Pillow raises for a file that is not the image it claims to be.
-UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError,
-              RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)
+# Whatever Pillow or torch raise for a file that is not what it claims to be; but see _out_of_memory
+DAMAGED = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError,
+           RuntimeError, struct.error, zlib.error, Image.DecompressionBombError, pickle.UnpicklingError)
 
 
 # ---- Images in ---------------------------------------------------------------------------------------------------
@@ -73,7 +94,7 @@ def find_device(name):
 def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, enlarge=True, mapped=False):
     """All images of a data set (its training part) or of a folder: uint8, (N, channels, size, size)
 
-    dataset   "mnist", "fashion-mnist", "cifar10", or the path of a folder: any depth, but not through links
+    dataset   "mnist", "fashion-mnist", "cifar10", or the path of a folder: any depth, through links, too
     digit     0..9: only this class;  None: all.  Folders have no classes
     size      pixels. The 28x28 sets get a border of 2 pixels (size 28: none); other sizes are resized, antialiased.
               Images of a folder: EXIF orientation applied, transparency on white, centre cropped to a square
@@ -82,18 +103,21 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, 
     enlarge   False: ValueError for a folder in which every image is smaller than size
     mapped    True: a folder goes through the file below even if it is small, so that processes can share it
 
-    Unreadable images of a folder are named on stderr and left out. A folder that does not fit into half of the free
-    memory is decoded once into a file under root, and the tensor is a view of that file.
-    Raises ValueError (the request makes no sense) or OSError (a file or the download failed).
+    Prints how many images there are, and what was left out of a folder. Values of 8 and of true 16 bits keep their
+    scale; of all others (floating point, 32 bits, 10 to 14 of 16 bits) the folder's range becomes black to white.
+    A folder that does not fit into half of the free memory is decoded once into a file under root; the tensor is a
+    view of it.  ValueError (the request makes no sense), OSError (a file or the download failed), MemoryError.
     """
     root, channels = Path(os.path.expanduser(root or ROOT)), channels_of(dataset, channels)
     if size < 1:
         raise ValueError(f"--size must be at least 1, not {size}")
     if dataset in DATASETS:
-        return _from_set(dataset, digit, size, root, channels)
+        images = _from_set(dataset, digit, size, root, channels)
+        _say(f"{len(images):,} images from {dataset}")
+        return images
     folder = Path(os.path.expanduser(dataset))
     if not folder.is_dir():
-        what = "is a file: unpack it and give the folder" if folder.exists() else "does not exist"
+        what = "is a file: unpack it and give the folder" if folder.is_file() else "is no folder"
         raise ValueError(f"--dataset {dataset} {what}; known data sets are {', '.join(DATASETS)}, and any folder")
     if digit is not None:
         raise ValueError(f"--digit {digit} needs a data set with classes ({', '.join(DATASETS)}), and a folder has "
@@ -101,56 +125,82 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, 
     return _from_folder(folder, size, root, channels, enlarge, mapped)
 
 
+def _say(line):
+    """Prints it, under torchrun by the first process alone"""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+# Data sets by name
+
+def read_set(dataset, root=ROOT, train=True):
+    """The training or test part of a data set as it is, from the archives as they are downloaded: uint8
+    (N, C, side, side), and the classes, (N,).  OSError: the file or the download failed"""
+    kind, channels = DATASETS[dataset]
+    images, labels = [], []
+    if dataset == "cifar10":
+        with tarfile.open(_archive(Path(root, kind.filename), kind.tgz_md5, kind.url)) as tar:
+            for name, _ in kind.train_list if train else kind.test_list:
+                part = pickle.load(tar.extractfile(f"{kind.base_folder}/{name}"), encoding="latin1")
+                images.append(part["data"])
+                labels += part["labels"]
+        return torch.from_numpy(np.concatenate(images)).view(-1, 3, 32, 32), torch.tensor(labels)
+    for name, md5 in kind.resources[:2] if train else kind.resources[2:]:
+        file = _archive(Path(root, kind.__name__, "raw", name), md5, *(mirror + name for mirror in kind.mirrors))
+        images.append(torch.frombuffer(bytearray(gzip.decompress(file.read_bytes())), dtype=torch.uint8))
+    images, labels = images
+    return images[16:].view(-1, 1, 28, 28), labels[8:]      # after some numbers of 4 bytes
+
+
+def _archive(file, md5, *urls):
+    """The file, which is read as it is; if it is missing or damaged it is downloaded, whole or not at all"""
+    if datasets.utils.check_integrity(file, md5):
+        return file
+    for url in urls:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=file.parent) as new:
+                datasets.utils.download_url(url, new, file.name, md5)
+                os.replace(Path(new, file.name), file)
+            return file
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+    what = "damaged" if file.exists() else "missing"
+    raise OSError(f"{file} is {what} and could not be downloaded ({reason}): put a good one there by hand, or name "
+                  f"another folder with --root")
+
+
 def _from_set(dataset, digit, size, root, channels):
     if digit is not None and not 0 <= digit <= 9:
         raise ValueError(f"--digit must be one of the classes 0 to 9 of {dataset}, not {digit}")
-    kind, _ = DATASETS[dataset]
-    place = root / kind.__name__ / "raw" if hasattr(kind, "resources") else root
-    names = [name for name, _ in kind.resources] if hasattr(kind, "resources") else [kind.filename]
-    try:
-        for name, md5 in getattr(kind, "resources", ()):
-            _remove_if_damaged(place / name, md5)
-        data = kind(str(root), train=True, download=True)
-    except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise OSError(f"{dataset} could not be read from {root} or downloaded ({reason}): "
-                      f"put {', '.join(names)} into {place} by hand, or name another folder with --root") from error
-    except (AssertionError, ValueError, TypeError, LookupError) as error:
-        raise OSError(f"{dataset} in {place} is damaged: delete the folder, and it is fetched again") from error
-    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
-    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    images, labels = read_set(dataset, root)
     if digit is not None:
         images = images[labels == digit]
     if images.shape[-1] == 28 and size != 28:
         images = TF.pad(images, 2)
-    if images.shape[1] != channels:
-        images = images.repeat(1, 3, 1, 1) if channels == 3 else TF.rgb_to_grayscale(images)
-    if images.shape[-1] != size:
-        images = torch.cat([TF.resize(part, [size, size], antialias=True) for part in images.split(1000)])
-    return images.contiguous()
+    if images.shape[1:] == (channels, size, size):
+        return images
+    if len(images) * channels * size * size > free_memory():
+        raise MemoryError
+    result, shown = torch.empty(len(images), channels, size, size, dtype=torch.uint8), time.monotonic()
+    for start in range(0, len(images), 1000):
+        some = images[start:start + 1000]
+        if some.shape[1] > channels:
+            some = TF.rgb_to_grayscale(some)
+        if some.shape[-1] != size:
+            some = TF.resize(some, [size, size], antialias=True)
+        result[start:start + 1000] = some                   # grey becomes RGB by copying
+        if time.monotonic() - shown > 5:
+            shown = time.monotonic()
+            _say(f"{start:,} of {len(images):,} images resized")
+    return result
 
 
-def _remove_if_damaged(archive, md5):
-    """Removes the unpacked file beside a good .gz if it is not what the .gz's last 8 bytes say (CRC32, length):
-    torchvision, which does not look into unpacked files, then unpacks it again"""
-    unpacked = archive.with_suffix("")
-    if unpacked.is_file() and datasets.utils.check_integrity(archive, md5):
-        data = unpacked.read_bytes()
-        if archive.read_bytes()[-8:] != struct.pack("<II", zlib.crc32(data), len(data)):
-            unpacked.unlink()
-
+# Folders
 
 def _from_folder(folder, size, root, channels, enlarge, mapped):
-    paths = []
-    for place, folders, files in os.walk(folder):
-        # Hidden folders hold thumbnails and the like; a run folder holds pictures made by these scripts.
-        folders[:] = [name for name in folders if not name.startswith((".", "__")) and
-                      not os.path.exists(os.path.join(place, name, "checkpoint.pt"))]
-        paths += [Path(place, name) for name in files if name.lower().endswith(ENDINGS) and name[0] != "."]
-    paths.sort()
-    if not paths:
-        raise ValueError(f"no images in {folder}: it needs files that end in {', '.join(ENDINGS)}, at any depth")
-    if not enlarge and not any(_side(path) >= size for path in paths):
+    paths, left_out = _files(folder)
+    if not enlarge and paths and not any(_side(path) >= size for path in paths):
         largest = max(map(_side, paths))
         if largest:                                         # else none can be read, which is said below
             raise ValueError(f"--size {size} is larger than every image in {folder}: the largest square in them "
@@ -158,29 +208,84 @@ def _from_folder(folder, size, root, channels, enlarge, mapped):
 
     if not mapped and len(paths) * channels * size * size <= free_memory() / 2:
         images, n = torch.empty(len(paths), channels, size, size, dtype=torch.uint8), 0
-        for part in _decoded(folder, paths, size, channels):
-            images[n:n + len(part)] = part
-            n += len(part)
-        return images[:n]
-    contents = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.exists()]
-    where, stamp = (hashlib.sha256(repr(it).encode()).hexdigest()[:12] for it in (folder.resolve(), contents))
-    name = f"{folder.resolve().name}-{where}-{size}x{size}x{channels}"
+        for start, part in _decoded(paths, size, channels):
+            images[start:start + len(part)] = part
+            n = max(n, start + len(part))
+        images = images[:n]
+    else:
+        file = _decoded_file(folder, paths, size, root, channels)
+        images = _mapped(file).view(-1, channels, size, size)
+        images.file = file                                  # where pyramid puts its own beside
+    left_out["unreadable"] = len(paths) - len(images)
+    left_out = ", ".join(f"{n:,} {what}" for what, n in left_out.most_common(20) if n)
+    line = f"{len(images):,} images from {folder}"
+    if left_out:
+        line += f"; left out: {left_out}"
+    if len(images) < 2:
+        raise ValueError(f"{line}; training needs at least two")
+    _say(line)
+    return images
+
+
+@functools.cache
+def _formats():
+    """Those of Pillow's formats that it decodes itself, and their endings: no EPS, which it gives to Ghostscript"""
+    endings = Image.registered_extensions()                 # finds out what there is
+    formats = [name for name in Image.OPEN if name not in ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")]
+    return formats, {ending for ending, name in endings.items() if name in [*formats, "MPO"]}
+
+
+def _files(folder):
+    """The images in a folder in the order of their paths, and what is left out, counted by reasons"""
+    paths, left_out, seen = [], Counter(), set()
+    for place, folders, files in os.walk(folder, followlinks=True,
+                                         onerror=lambda _: left_out.update(["unreadable folders"])):
+        real = os.path.realpath(place)                      # by links a folder can be met twice, or hold itself
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in sorted(folders):
+            # Hidden folders hold thumbnails and the like; a run folder holds pictures made by these scripts.
+            a_run = any(os.path.exists(os.path.join(place, name, mark)) for mark in (".run", "checkpoint.pt"))
+            left_out["run folders"] += a_run
+            if a_run or name.startswith((".", "__")):
+                folders.remove(name)
+        folders.sort()
+        for path in (Path(place, name) for name in sorted(files) if name[0] != "."):
+            ending = path.suffix.lower()
+            if not path.is_file():
+                left_out["broken links or no regular files"] += 1       # a pipe would be waited for
+            elif ending and ending not in _formats()[1]:
+                left_out[ending] += 1
+            else:
+                paths.append(path)
+    return sorted(paths), left_out
+
+
+def _decoded_file(folder, paths, size, root, channels):
+    """The file with the decoded images, which is made if it is not there or the folder has changed"""
+    real = Path(os.path.realpath(folder))
+    states = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    where, stamp = (hashlib.sha256(repr(it).encode()).hexdigest()[:12] for it in (real, states))
+    name = f"{real.name[:40]}-{where}-{size}x{size}x{channels}"
     file = root / "cache" / f"{name}-{stamp}.uint8"
     if not file.exists():
         for old in file.parent.glob(f"{glob.escape(name)}-*"):
-            old.unlink()
-        print(f"decoding {len(paths):,} images once into {file}", flush=True)
+            old.unlink(missing_ok=True)
+        _say(f"decoding {len(paths):,} images once into {file}")
         with replacing(file) as sink:
-            for images in _decoded(folder, paths, size, channels):
+            for start, images in _decoded(paths, size, channels):
+                sink.seek(start * images[0].numel())
                 sink.write(images.numpy())
-    print(f"reading the images of {folder} from {file}", flush=True)
-    images = _mapped(file).view(-1, channels, size, size)
-    images.file = file                                      # where pyramid puts its own beside
-    return images
+    _say(f"reading the images of {folder} from {file}")
+    return file
 
 
 def _mapped(file):
     """The bytes of a file as a tensor, to be read only: they are fetched when they are used, and take no memory"""
+    if not file.stat().st_size:
+        return torch.empty(0, dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                     # that it cannot be written to
         return torch.from_numpy(np.memmap(file, np.uint8, "r"))
@@ -223,64 +328,149 @@ def pyramid(images):
     return {size: images, **levels(_mapped(below))}
 
 
-def _decoded(folder, paths, size, channels):
-    """The images in order, some hundreds at a time; names those that cannot be read"""
-    skipped, shown = 0, time.monotonic()
-    with ThreadPoolExecutor() as pool:              # Pillow decodes and resizes without the interpreter's lock
+def _decoded(paths, size, channels):
+    """The images, some hundreds at a time, each time with the number of the first; names the unreadable ones
+
+    Images whose values are not of 8 bits come at the end, one by one: only then their range is known.
+    """
+    deep, ranges, n, shown, low, high = [], {}, 0, time.monotonic(), 255, 0
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:       # Pillow decodes without Python's lock
         for start in range(0, len(paths), 256):
             images, part = [], paths[start:start + 256]
             for path, image in zip(part, pool.map(lambda path: _read(path, size, channels), part)):
-                if isinstance(image, torch.Tensor):
-                    images.append(image)
+                if isinstance(image, Exception):
+                    print(f"left out {path}: {type(image).__name__}: {image}", file=sys.stderr)
+                    continue
+                if isinstance(image, tuple):
+                    mode, *values = image
+                    values += ranges.get(mode, values)
+                    ranges[mode] = min(values), max(values)
+                    deep.append((n + len(images), path))
+                    image = torch.zeros(channels, size, size, dtype=torch.uint8)
                 else:
-                    skipped += 1
-                    print(f"skipped {path}: {type(image).__name__}: {image}", file=sys.stderr)
+                    low, high = min(low, image.min().item()), max(high, image.max().item())
+                images.append(image)
             if images:
-                yield torch.stack(images)
+                yield n, torch.stack(images)
+                n += len(images)
             if time.monotonic() - shown > 5:
                 shown = time.monotonic()
-                print(f"{start + len(part):,} of {len(paths):,} images decoded", flush=True)
-    if skipped:
-        print(f"skipped {skipped:,} of {len(paths):,} images, which could not be read", file=sys.stderr)
-    if len(paths) - skipped < 2:
-        raise ValueError(f"{folder} holds {len(paths) - skipped} readable images; training needs at least two")
+                _say(f"{start + len(part):,} of {len(paths):,} images decoded")
+    for mode, (least, most) in ranges.items():
+        if mode != "F" and least >= 0 and 2**14 <= most < 2**16:
+            ranges[mode] = 0, 255 << 8                      # true 16 bits: the upper 8 of them
+        else:
+            _say(f"the values of mode {mode} range from {least:g} to {most:g}, which become black and white")
+    for place, path in deep:
+        image = _read(path, size, channels, ranges)
+        if isinstance(image, Exception):
+            raise OSError(f"{path} has changed while it was read: {image}")
+        yield place, image[None]
+    if n > len(deep) and high - low < 64:
+        _say(f"all values lie between {low} and {high}, of 0 to 255: there is little to be seen")
 
 
 def _side(path):
     """The side in pixels of the largest square in an image, 0 if it cannot be read"""
-    try:
-        with Image.open(path) as image:
-            return min(image.size)
-    except UNREADABLE:
-        return 0
+    with contextlib.suppress(*DAMAGED), Image.open(path, formats=_formats()[0]) as image:
+        return min(image.size)
+    with contextlib.suppress(*DAMAGED):
+        return min(_opened(path).size)
+    return 0
 
 
-def _read(path, size, channels):
-    """One image file as uint8 (channels, size, size), or the exception that reading it raised"""
+TURNS = dict(zip(range(2, 9), "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+                 .split()))                                 # by EXIF's orientation
+
+
+def _read(path, size, channels, ranges=None):
+    """One image file as uint8 (channels, size, size); or the exception that reading it raised; or, if it has values
+    of other kinds than 8 bits and their ranges, {mode: (low, high)}, are not known yet: mode, low, high"""
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                  # 16 bits a pixel; convert("L") would cut off at 255
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            if image.mode.endswith(("A", "a")) or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("L" if channels == 1 else "RGB")
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        image = _opened(path)
+        if image.mode == "F" or image.mode.startswith("I"):
+            values = np.asarray(image)
+            finite = values[np.isfinite(values)]
+            if not ranges:
+                return image.mode, finite.min().item(), finite.max().item()
+            low, high = ranges[image.mode]
+            values = np.nan_to_num(values.astype(np.float32), nan=low, posinf=high, neginf=low) - np.float32(low)
+            values *= np.float32(255 / (high - low or 1))
+            image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+        if image.mode.endswith(("A", "a")) or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        mode = "L" if channels == 1 else "RGB"
+        if image.mode != mode:
+            image = image.convert(mode)
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1).contiguous()
-    except UNREADABLE as error:
+    except DAMAGED as error:
+        if _out_of_memory(error):
+            raise MemoryError from error
         return error
+
+
+def _opened(path):
+    """A Pillow image, decoded and turned upright; if that fails, from the file without what is not pixels"""
+    with open(path, "rb") as file:
+        try:
+            return _upright(file)
+        except DAMAGED:
+            file.seek(0)
+            return _upright(io.BytesIO(_without_metadata(file.read())))
+
+
+def _upright(file):
+    image, turn = Image.open(file, formats=_formats()[0]), None
+    image.load()
+    with contextlib.suppress(*DAMAGED):                     # whatever else EXIF holds
+        turn = TURNS.get(image.getexif().get(0x0112))
+    return image.transpose(Image.Transpose[turn]) if turn else image
+
+
+def _without_metadata(data):
+    """A PNG or JPEG file without text, colour profile and the like, but with its orientation; others as they are"""
+    kept, at = [], 8
+    if data.startswith(b"\x89PNG"):
+        while at < len(data):                               # length, name, content, checksum
+            length, name = struct.unpack_from(">I4s", data, at)
+            chunk = data[at:at + length + 12]
+            sound = len(chunk) == length + 12 and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+            if name in (b"IHDR", b"PLTE", b"IDAT", b"IEND") or name in (b"tRNS", b"eXIf") and sound:
+                kept.append(chunk)
+            at += len(chunk)
+        return b"".join([data[:8], *kept])
+    if data.startswith(b"\xff\xd8"):
+        at = 2
+        while data[at:at + 1] == b"\xff" and data[at + 1] != 0xDA:      # 0xFF, name, length, content
+            name, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2:at + 4], "big")
+            exif = name == 0xE1 and data[at + 4:at + 8] == b"Exif"
+            adobe = name == 0xEE and end - at > 15          # says which colours these are
+            if exif or adobe or not 0xE0 <= name <= 0xEF and name != 0xFE:
+                kept.append(data[at:end])
+            at = end
+        return b"".join([data[:2], *kept, data[at:]])
+    return data
+
+
+CGROUPS = [("/sys/fs/cgroup", "memory.max", "memory.current"),
+           ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes")]
 
 
 def free_memory(device="cpu"):
     """Bytes that a program may still take on the device"""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 4 << 30                                      # not Linux, and the standard library does not tell
+    free = [4 << 30]                                        # not Linux, and the standard library does not tell
+    with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
+        free = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")]
+    for folder, limit, used in CGROUPS:                     # a container may have less than the machine
+        with contextlib.suppress(OSError, ValueError):      # no such file, or "max"
+            limit, used = (int(Path(folder, name).read_text()) for name in (limit, used))
+            stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            free.append(limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))
+    return min(free)
 
 
 def batches(images, m, device="cpu", resident=False):
@@ -317,30 +507,28 @@ def batches(images, m, device="cpu", resident=False):
 
 # ---- Images out --------------------------------------------------------------------------------------------------
 
-def run_folder(script, settings):
-    """Where a run's images go: OUT, or runs/SCRIPT-DATASET-DIGIT, by its settings out, dataset and digit.
-    ValueError if the images of the data set are there"""
-    images = Path(os.path.expanduser(settings.dataset))
-    name = f"{script}-{images.resolve().name}"
-    if settings.digit is not None:
-        name += f"-{settings.digit}"
-    out = Path(os.path.expanduser(settings.out or f"runs/{name}"))
-    if out.is_dir() and images.is_dir() and out.samefile(images):
-        raise ValueError(f"--out {out} is the folder of the images: name another folder")
-    return out
-
-
 @contextlib.contextmanager
 def replacing(path):
-    """with replacing(path) as file: the bytes written to file become path at the end, all of them or none"""
-    part = Path(path).with_name(f".{Path(path).name}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
+    """with replacing(path) as file: the bytes written to file become path at the end, all of them or none. Several
+    may do so at the same time: the last one to end wins"""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(".*.????????.part"):       # by a killed process
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 86400:
+                left.unlink()
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        with open(part, "wb") as file:
+        with open(part, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__     # torch.save hides a full disk there
+        if isinstance(cause, OSError) and cause.filename is None:
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -361,24 +549,30 @@ def save_images(x, path):
         _picture(grid[:x.shape[1]]).save(file, format="PNG")   # make_grid makes three channels of one
 
 
-def save_each(batches, n, path, dataset=None):
-    """The first n images of batches, (m, C, H, W) in [-1, 1], as 000000.png, ... in the new folder PATH/generated,
-    or, if PATH is the file of a checkpoint, in PATH without its ending; prints and returns the folder.
-    The border that load_images gave the 28x28 sets at size 32 is taken off.  ValueError for n < 1, OSError if the
-    folder is there already"""
-    if n < 1:
-        raise ValueError(f"--generate must be at least 1, not {n}")
-    path = Path(path)
-    folder = path / "generated" if path.is_dir() else path.with_suffix("")
-    if folder.exists():
-        raise FileExistsError(f"{folder} is there already: rename it, then generate again")
-    folder.mkdir()
-    images = (image for x in batches for image in x)
-    for i, image in enumerate(itertools.islice(images, n)):
+def next_image(path):
+    """Where generated images go, and the number of the next one: the folder PATH/generated, or, if PATH is the file
+    of a checkpoint, PATH without its ending; images that are there, 000000.png, ..., are counted on from"""
+    folder = Path(path, "generated") if Path(path).is_dir() else Path(path).with_suffix("")
+    numbers = [int(file.stem) for file in folder.glob("*.png") if file.stem.isdecimal()]
+    return folder, max(numbers, default=-1) + 1
+
+
+def save_each(batches, folder, first=0, dataset=None):
+    """The images of batches, (m, C, H, W) in [-1, 1], as PNGs in a folder, from number first on; none is replaced.
+    The border that load_images gave the 28x28 sets at size 32 is taken off.  Prints and returns the folder"""
+    n = first
+    for image in (image for x in batches for image in x):
         if channels_of(dataset) == 1 and image.shape[-1] == 32:
             image = image[..., 2:-2, 2:-2]
-        _picture(image).save(folder / f"{i:06d}.png")
-    print(f"{n:,} images in {folder}")
+        image = _picture(image)
+        folder.mkdir(exist_ok=True)
+        with open(folder / f"{n:06d}.png", "xb") as file:
+            image.save(file, format="PNG")
+        n += 1
+    line = f"{n - first:,} images in {folder}"
+    if first:
+        line += f", from {first:06d}.png on: there were {first:,} before"
+    _say(line)
     return folder
 
 
@@ -448,3 +642,136 @@ def _ticks(low, high):
     size = 10.0 ** math.floor(math.log10((high - low) / 2))
     size = next(size * k for k in (1, 2, 5, 10) if (high - low) / (size * k) <= 6)
     return [k * size for k in range(math.ceil(low / size), math.floor(high / size) + 1)]
+
+
+# ---- What surrounds a run ----------------------------------------------------------------------------------------
+
+def checked(train, values):
+    """The settings of train, a function, from values, its locals(): a namespace with numbers as Python has them.
+    ValueError if one is no number where one is meant, or below 1 where something is counted"""
+    for name, setting in inspect.signature(train).parameters.items():
+        kind = setting.annotation if setting.default is None else type(setting.default)
+        value = values[name]
+        if kind not in (int, float) or value is None and setting.default is None:
+            continue
+        meant = dict(int=numbers.Integral, float=numbers.Real)[kind.__name__]
+        if not isinstance(value, meant) or not abs(value) < 2**63:      # which refuses nan, too
+            raise ValueError(f"{name} must be a number ({kind.__name__}), not {value!r}")
+        if kind is int and value < 1 and name not in ("digit", "seed"):
+            raise ValueError(f"{name} must be at least 1, not {value}")
+        values[name] = kind(value)
+    return types.SimpleNamespace(**values)
+
+
+def name_of(dataset):
+    """What a checkpoint calls a data set: a folder's own name and a slash, wherever the folder is"""
+    if dataset in DATASETS:
+        return dataset
+    return os.path.basename(os.path.realpath(os.path.expanduser(dataset))) + "/"
+
+
+def run_folder(script, settings):
+    """Where a run's images go: OUT, or runs/SCRIPT-DATASET-DIGIT, by its settings out, dataset and digit.
+    ValueError if the images of the data set are there"""
+    images = Path(os.path.expanduser(settings.dataset))
+    name = f"{script}-{name_of(settings.dataset)}".rstrip("/")
+    if settings.digit is not None:
+        name += f"-{settings.digit}"
+    out = Path(os.path.expanduser(settings.out or f"runs/{name}"))
+    if out.is_dir() and images.is_dir() and out.samefile(images):
+        raise ValueError(f"--out {out} is the folder of the images: name another folder")
+    return out
+
+
+def claim(folder):
+    """Makes the folder of a run and marks it as one, so that its pictures are never taken for images to train on.
+    The file that is returned keeps other processes out until this one ends, however.  ValueError if one is there"""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".run", "a")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):     # else this file system has no locks
+            raise ValueError(f"another run is writing to {folder}: wait for it, or name another --out") from error
+    return file
+
+
+class Refused(ValueError):
+    """A sentence that fitting leaves as it is"""
+
+
+@contextlib.contextmanager
+def fitting(path, script):
+    """Whatever goes wrong within it is said of the checkpoint: ValueError"""
+    try:
+        yield
+    except DAMAGED as error:
+        if isinstance(error, Refused) or _out_of_memory(error):
+            raise
+        raise ValueError(f"{path} is missing, damaged or not of {script}.py: name another --out") from error
+
+
+def compare(saved, settings, out):
+    """Prints which of a run's settings are others than in its checkpoint.  ValueError if one must not be"""
+    old = saved["settings"]
+    for name, now in settings.items():
+        if name not in ("batch_size", "images", "processes") and old[name] != now:
+            raise Refused(f"{out} has {name} {old[name]}, not {now}: name another --out")
+    for name, now in settings.items():
+        if old[name] != now:
+            _say(f"{name} {old[name]} -> {now} from step {saved['run'][0] + 1:,} on")
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """with stop_signals() as stop: Ctrl-C, a kill and a closed terminal are put into the list, and end nothing"""
+    stop, before = [], {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)                # Windows has no SIGHUP, and nohup ignores it
+        if number and signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, lambda *_: stop.append(True))
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def in_one_sentence(script):
+    """Around a main(): a user's mistakes (ValueError, OSError) and too little memory (status 2), Ctrl-C (130) and a
+    reader of the output that has gone (141) end in one sentence on stderr and SystemExit.  Characters that cannot
+    be shown are replaced"""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        yield
+        return
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # Python flushes it at its end
+        status, text = 141, "stopped: nothing reads its output; in training, the same command goes on"
+    except (ValueError, OSError) as error:
+        status, text = 2, error
+    except KeyboardInterrupt:
+        status, text = 130, "stopped; in training, the same command goes on"
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        places = [place.f_locals for place, _ in traceback.walk_tb(error.__traceback__)]
+        sizes = {name: place[name] for name in ("size", "batch_size", "resolution") for place in places[::-1]
+                 if isinstance(place.get(name), int)}
+        at = ", ".join(["out of memory", *(f"{name} {it}" for name, it in sizes.items())])
+        status, text = 2, f"{at}: try a smaller --batch-size, --size or network"
+    print(f"{script}.py: {text}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _out_of_memory(error):
+    """Torch on the CPU, and Pillow, have no type of their own for it"""
+    text = str(error).lower()
+    words = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "alloc_failed", "buffer size",
+             "overflow")
+    return isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, OSError))
+                                              and any(word in text for word in words))

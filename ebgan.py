@@ -12,18 +12,16 @@ Differs from the paper (authors' code: none found; appendix: from others; equati
 - One z for both losses, D's update first. Batch size, β₁, β₂, and --width 16, --steps 6000 for a CPU, are ours.
 Measured: `python ebgan.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 5 min, energies 5.1 and 9.3."""
 import re
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from contextlib import ExitStack
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from inspect import getsource, signature
 from pathlib import Path
-from pickle import UnpicklingError
-from signal import SIGINT, SIGTERM, signal
 from time import perf_counter
 
 import torch
 from torch import cuda, nn
-from common import (batches, channels_of, find_device, load_images, replacing, run_folder, save_animation,
-                    save_curve, save_each, save_images)
+from common import (batches, channels_of, checked, claim, compare, find_device, fitting, in_one_sentence,
+                    load_images, name_of, next_image, replacing, run_folder, save_animation, save_curve, save_each,
+                    save_images, stop_signals)
 
 # ---- Networks: 4x4 kernels, as in DCGAN; from 4x4 pixels on every layer doubles or halves the image --------------
 class Generator(nn.Sequential):
@@ -64,8 +62,9 @@ def init(layer):                # as DCGAN does: weights N(0, 0.02), those of ba
 
 # ---- The energy (13) and the pulling-away term (14) --------------------------------------------------------------
 def energy(D, x, S=None):
-    """(13): ‖Dec(Enc(x)) − x‖₂ of every image x, not squared.  (m, C, H, W) -> (m,).  S: Enc(x), if it is known"""
-    return torch.linalg.vector_norm(D.decode(D.encode(x) if S is None else S) - x, dim=(1, 2, 3))
+    """(13): ‖Dec(Enc(x)) − x‖₂ of every image x, not squared.  (m, ...) -> (m,).  S: Enc(x), if it is known"""
+    difference = D.decode(D.encode(x) if S is None else S) - x
+    return torch.linalg.vector_norm(difference.reshape(len(x), -1), dim=1)
 
 
 def pulling_away(S):
@@ -103,10 +102,8 @@ def train(
     record=False,           #           CUDA: record one step as a graph and replay it
 ):
     """(1) and (2).  Returns G, D.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
-    if min(nz, width, steps, save_every) < 1:
-        raise ValueError("nz, width, steps and save_every must be at least 1")
     device, channels, dataset = find_device(device), channels_of(dataset, channels), str(dataset)
-    config = Namespace(**locals())
+    config = checked(train, locals())
     torch.manual_seed(seed)
     fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
     G = Generator(nz, channels, size, width).to(device, memory_format=torch.channels_last)
@@ -114,9 +111,10 @@ def train(
     theta, w = list(G.parameters()), list(D.parameters())
     opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), fused=True, capturable=record)
     opt_D = torch.optim.Adam(w, lr, (beta1, beta2), fused=True, capturable=record)
-    run = Run(config, fixed_z, G=G, D=D, opt_G=opt_G, opt_D=opt_D)
-    P_r = batches(load_images(dataset, digit, size, root, channels), batch_size, device, resident=record)
-    save_images(next(P_r)[:64], run.out / "real.png")         # before run restores the random state
+    images = load_images(dataset, digit, size, root, channels)
+    config.images = len(images)
+    P_r = batches(images, batch_size, device, resident=record)
+    run = Run(config, fixed_z, next(P_r)[:64], G=G, D=D, opt_G=opt_G, opt_D=opt_D)
 
     for step in run:
         x = next(P_r)                                         # x ~ p_data
@@ -135,7 +133,7 @@ def train(
         L_G.mean().backward(inputs=theta)
         opt_G.step()
         run.log(L_D=L_D.mean(), L_G=L_G.mean(), energy_real=D_x.mean(), energy_fake=D_x_tilde.mean(), f_PT=f_PT)
-    return G, D
+    return G.eval(), D
 
 
 # ---- The run: the same in every script; nothing below is in the paper --------------------------------------------
@@ -145,39 +143,39 @@ MAY_CHANGE = {"steps", "save_every", "keep", "record", "device", "root", "out"} 
 
 class Run:
     """for step in run: the steps still to be made; the very first is 1.  parts: all that has a state_dict"""
-    def __init__(self, config, fixed_z, **parts):
+    def __init__(self, config, fixed_z, real, **parts):
         self.config, self.fixed_z, self.parts = config, fixed_z, parts
         self.settings = {key: it for key, it in vars(config).items() if key not in MAY_CHANGE}
+        self.settings["dataset"] = name_of(config.dataset)
         self.out = run_folder(SCRIPT, config)
-        self.step, self.time, self.rows, self.states = 0, 0.0, [], []
+        self.lock = claim(self.out)
+        self.step, self.time, self.rows, self.sums = 0, 0.0, [], {}
         self.random = [torch, cuda] if fixed_z.is_cuda else [torch]
-        self.sums = {}
         if Path(self.out, "checkpoint.pt").exists():
             saved = read(self.out)
-            for name, old in saved["settings"].items() - self.settings.items():     # the first
-                raise ValueError(f"{self.out} has {name} {old}, not {vars(config)[name]}: name another --out")
-            for name, part in parts.items():
-                saved[name].pop("param_groups", None)       # fused and capturable are this run's
-                part.load_state_dict(part.state_dict() | saved[name])
-            self.step, self.time, self.rows, self.states = saved["run"]
+            with fitting(self.out, SCRIPT):
+                compare(saved, self.settings, self.out)
+                for name, part in parts.items():
+                    part.load_state_dict(part.state_dict() | saved[name])
+                self.step, self.time, self.rows, states = saved["run"]
+                for each, state in zip(self.random, states):
+                    each.set_rng_state(state)
+        save_images(real, self.out / "real.png")
         print(f"device: {fixed_z.device}\nrun folder: {self.out}\n{self.step} of {config.steps} steps are done")
 
     def __iter__(self):
-        config, first, stop = self.config, self.step, []
+        config, first = self.config, self.step
         self.since, self.begin = self.step, perf_counter() - self.time
-        for each, state in zip(self.random, self.states):
-            each.set_rng_state(state)
-        with ExitStack() as stack:
-            stack.callback(save_animation, self.out)
-            for each in SIGINT, SIGTERM:
-                before = signal(each, lambda *_: stop.append(True))
-                stack.callback(signal, each, before)
+        with stop_signals() as stop:
             for self.step in range(first + 1, config.steps + 1):
                 yield from self.recorded(first) if config.record else [self.step]
                 if stop or self.step == config.steps or self.step % config.save_every == 0:
                     self.save()
                     if stop:
-                        raise KeyboardInterrupt
+                        break
+        save_animation(self.out)
+        if stop:
+            raise KeyboardInterrupt
 
     def recorded(self, first):
         """--record: three steps run on a side stream; the fourth is only recorded; from it on all are replays"""
@@ -202,56 +200,61 @@ class Run:
 
     @torch.no_grad()
     def save(self):
-        """A line, a row, the pictures, and when all these are there, the checkpoint"""
+        """A row, the pictures, when these are there, the checkpoint, and then a line: its reader may have gone"""
         count, self.since = self.step - self.since, self.step
         means = {name: total.item() / count for name, total in self.sums.items()}
         for total in self.sums.values():
             total.zero_()                                   # in place: a recorded step adds to it
         self.time = perf_counter() - self.begin
-        left = self.time * (self.config.steps / self.step - 1) / 60
-        losses = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
-        speed = f"{self.step / self.time:.1f} steps/s  {left:.0f} min left"
-        print(f"step {self.step}/{self.config.steps}  {losses}  {speed}", flush=True)
         self.rows.append(dict(step=self.step, seconds=self.time, **means))
         save_curve(self.rows, self.out)                     # ValueError if a loss is not finite
         G = self.parts["G"].eval()                          # by running statistics an image depends on its z alone
         save_images(G(self.fixed_z), self.out / f"{self.step:06d}.png")
         G.train()
         saved = {name: part.state_dict() for name, part in self.parts.items()}
+        for state in saved.values():
+            state.pop("param_groups", None)                 # lr, fused, capturable: train gives them to every run
         states = [each.get_rng_state() for each in self.random]
         saved |= dict(settings=self.settings, run=(self.step, self.time, self.rows, states))
         for name in (f"{self.step:06d}.pt", "checkpoint.pt"):
             if self.config.keep or name == "checkpoint.pt":
                 with replacing(self.out / name) as file:
                     torch.save({SCRIPT: saved}, file)
+        left = self.time * (self.config.steps / self.step - 1) / 60
+        losses = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+        speed = f"{self.step / self.time:.1f} steps/s  {left:.0f} min left"
+        print(f"step {self.step}/{self.config.steps}  {losses}  {speed}", flush=True)
 
 
 def read(path):
     """The checkpoint in a run folder, or a file that --keep wrote.  ValueError if there is no good one"""
     if Path(path).is_dir():
         path = Path(path, "checkpoint.pt")
-    try:
+    with fitting(path, SCRIPT):
         return torch.load(path, map_location="cpu", weights_only=True)[SCRIPT]
-    except (OSError, EOFError, RuntimeError, LookupError, TypeError, UnpicklingError):
-        raise ValueError(f"{path} is missing, damaged or not of {SCRIPT}.py: name another --out")
 
 
 def load(path):
     """The generator of what read() finds, on the CPU: z ~ N(0, 1), (n, nz) -> images in [-1, 1], (n, C, H, W)"""
     saved = read(path)
-    G = Generator(*(saved["settings"][name] for name in ("nz", "channels", "size", "width")))
-    G.load_state_dict(saved["G"])
+    with fitting(path, SCRIPT):
+        G = Generator(*(saved["settings"][name] for name in ("nz", "channels", "size", "width")))
+        G.load_state_dict(saved["G"])
     return G.eval().requires_grad_(False)
 
 
 def generate(path, n, device="auto", seed=0):
-    """Writes n images of what read() finds, image i by seed and i alone, and returns their new folder"""
-    settings, device = read(path)["settings"], find_device(device)
-    G, noise = load(path).to(device), torch.Generator().manual_seed(seed)
-    z = (torch.randn(64, settings["nz"], generator=noise) for _ in range(0, n, 64))
-    return save_each((G(each.to(device)) for each in z), n, path, settings["dataset"])
+    """Writes n more images of what read() finds, image i by seed and i alone, and returns their folder"""
+    if n < 1:
+        raise ValueError(f"--generate must be at least 1, not {n}")
+    G, settings, device = load(path), read(path)["settings"], find_device(device)
+    (folder, first), noise = next_image(path), torch.Generator().manual_seed(seed)
+    z = torch.cat([torch.randn(64, settings["nz"], generator=noise) for _ in range(0, first + n, 64)]).to(device)
+    images = map(G.to(device), z[first:first + n].split(64))
+    return save_each(images, folder, first, settings.get("dataset"))
 
 
+@in_one_sentence(SCRIPT)
 def main(argv=None):
     """The command line.  SystemExit: 2 after a user's mistake, with one sentence; 130 after Ctrl-C"""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -265,15 +268,10 @@ def main(argv=None):
     parser.add_argument("--generate", type=int, metavar="N", help="N images of the run in OUT")
     args = parser.parse_args(argv)
     n = vars(args).pop("generate")
-    try:
-        if n is None:
-            train(**vars(args))
-        else:
-            generate(run_folder(SCRIPT, args), n, args.device, args.seed)
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    except KeyboardInterrupt:
-        parser.exit(130, f"{SCRIPT}.py: stopped; in training, the same command goes on\n")
+    if n is None:
+        train(**vars(args))
+    else:
+        generate(run_folder(SCRIPT, args), n, args.device, args.seed)
 
 
 if __name__ == "__main__":

@@ -20,20 +20,18 @@ import copy
 import math
 import os
 import re
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from contextlib import ExitStack
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from datetime import timedelta
 from inspect import getsource, signature
 from pathlib import Path
-from pickle import UnpicklingError
-from signal import SIGINT, SIGTERM, signal
 from time import perf_counter
 
 import torch
 import torch.distributed as dist
 from torch import cuda, nn
-from common import (DATASETS, batches, channels_of, find_device, load_images, pyramid, replacing, run_folder,
-                    save_animation, save_curve, save_each, save_images)
+from common import (DATASETS, batches, channels_of, checked, claim, compare, find_device, fitting, in_one_sentence,
+                    load_images, name_of, next_image, pyramid, replacing, run_folder, save_animation, save_curve,
+                    save_each, save_images, stop_signals)
 
 # ---- The pieces (§3, §4) -----------------------------------------------------------------------------------------
 class Conv(nn.Module):
@@ -151,11 +149,11 @@ def fade(x, alpha):
 
 
 def grad_norm(D, x, resolution, alpha):
-    """‖∇_x D(x)‖₂ of every image x, itself differentiable.  (m, C, H, W) -> (m,)"""
+    """‖∇_x D(x)‖₂ of every image x, itself differentiable.  (m, ...) -> (m,)"""
     x = x.detach().requires_grad_()
     # By the minibatch standard deviation an image has an effect on all scores; the authors sum them, too.
     (grad,) = torch.autograd.grad(D(x, resolution, alpha).sum(), x, create_graph=True)
-    return torch.linalg.vector_norm(grad, dim=(1, 2, 3))        # unlike sqrt(sum of squares), not nan at grad = 0
+    return torch.linalg.vector_norm(grad.reshape(len(x), -1), dim=1)    # unlike sqrt(sum of squares), not nan at 0
 
 
 def average_gradients(weights):
@@ -199,14 +197,13 @@ def train(
     save_every=500,           #           steps between rows of the log, pictures and checkpoints
     keep=False,               #           keep every checkpoint beside its picture: 000500.pt, 001000.pt, ...
 ):
-    """Trains as A.1 says.  Returns G, D.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C"""
+    """As A.1 says.  Returns the average of G, D.  ValueError, OSError: one sentence.  KeyboardInterrupt: Ctrl-C"""
     device, channels, dataset = find_device(device), channels_of(dataset, channels), str(dataset)
     if size is None:
         size = 32 if dataset in DATASETS else 1024
-    config = Namespace(**locals())
-    for name in "steps batch_size size nz fmap_base fmap_max save_every kimg gamma".split():
-        if vars(config)[name] is not None and vars(config)[name] <= 0:
-            raise ValueError(f"{name} must be above 0, not {vars(config)[name]}")
+    config = checked(train, locals())
+    if min(kimg, gamma) <= 0:
+        raise ValueError(f"kimg and gamma must be above 0, not {kimg} and {gamma}")
     torch.manual_seed(seed)
     fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
     G = Generator(size, channels, fmap_base, fmap_max, nz).to(device, memory_format=torch.channels_last)
@@ -218,20 +215,24 @@ def train(
     rank, world = processes(device)
     m = {4 << k: batch_size or n for k, n in enumerate([16] * 6 + [14, 6, 3])}      # A.1: at 4x4, ..., 1024x1024
     phases = [4 << (k + 1) // 2 for k in range(2 * size.bit_length() - 5)]      # 4, 8, 8, 16, 16, ..., size, size
-    config.steps = steps or sum(math.ceil(1000 * kimg / (world * m[r])) for r in phases)
-    run = Run(config, fixed_z, G=G, D=D, G_ema=G_ema, opt_G=opt_G, opt_D=opt_D)
     if rank > 0:
         torch.manual_seed(seed + (rank << 16))                      # other noise, but the same networks
         everyones(None)                                             # until the first has decoded the images for all
     images = load_images(dataset, digit, size, root, channels, enlarge=False, mapped=world > 1)
     P_r = {r: batches(x, m[r], device) for r, x in pyramid(images).items()}
+    config.images, config.processes = len(images), world
     if rank == 0:
-        save_images(next(P_r[size])[:64], run.out / "real.png")
         everyones(None)
-    G.grown = G_ema.grown = schedule(run.images, size, kimg)
+    run = Run(config, fixed_z, next(P_r[size])[:64], G=G, D=D, G_ema=G_ema, opt_G=opt_G, opt_D=opt_D)
+    if steps is None:
+        config.steps, shown = run.step, run.shown
+        for k, r in enumerate(phases):
+            count = max(0, math.ceil((round(1000 * kimg) * (k + 1) - shown) / (world * m[r])))
+            config.steps, shown = config.steps + count, shown + count * world * m[r]
+    G.grown = G_ema.grown = schedule(run.shown, size, kimg)
 
     for step in run:
-        resolution, alpha = schedule(run.images, size, kimg)        # §2      4x4; fade in 8x8, stabilise it; ...
+        resolution, alpha = schedule(run.shown, size, kimg)         # §2      4x4; fade in 8x8, stabilise it; ...
         x = fade(next(P_r[resolution]), alpha)                      # Fig. 2  real images fade as generated ones do
         z = torch.randn(len(x), nz, device=device)                  # A.1     latents; G puts them on a hypersphere
         eps = torch.rand(len(x), 1, 1, 1, device=device)
@@ -257,14 +258,14 @@ def train(
         for average, now in zip(G_ema.parameters(), theta):
             average.lerp_(now.detach(), 1 - ema)                    # A.1     θ_ema ← 0.999 θ_ema + 0.001 θ
 
-        run.images += world * len(x)
-        then = G.grown = G_ema.grown = schedule(run.images, size, kimg)
+        run.shown += world * len(x)
+        then = G.grown = G_ema.grown = schedule(run.shown, size, kimg)
         if (then[0], then[1] < 1) != (resolution, alpha < 1):       # code    a phase ends: Adam is reset
             opt_G.state.clear()
             opt_D.state.clear()
         run.log(resolution, alpha, wasserstein=(D_x - D_x_tilde).mean(), L_D=L.mean(), L_G=L_G.mean(),
                 penalty=penalty.mean(), drift=(D_x ** 2).mean())
-    return G, D
+    return G_ema.eval(), D
 
 
 # ---- The run: as in every script, but for growth and several processes; nothing below is in the paper ------------
@@ -274,39 +275,36 @@ MAY_CHANGE = {"steps", "save_every", "keep", "device", "root", "out"}       # wh
 
 class Run:
     """for step in run: the steps still to be made; the very first is 1.  parts: all that has a state_dict"""
-    def __init__(self, config, fixed_z, **parts):
+    def __init__(self, config, fixed_z, real, **parts):
         self.config, self.fixed_z, self.parts = config, fixed_z, parts
         self.settings = {key: it for key, it in vars(config).items() if key not in MAY_CHANGE}
+        self.settings["dataset"] = name_of(config.dataset)
         self.out = run_folder(SCRIPT, config)
-        self.step = self.images = self.time = 0
-        self.rows, self.states, self.sums = [], [], {}
+        self.step, self.time, self.rows, self.sums, self.shown = 0, 0.0, [], {}, 0
         self.random = [torch, cuda] if fixed_z.is_cuda else [torch]
         self.rank, self.world = processes(fixed_z.device)
+        if self.rank == 0:
+            self.lock = claim(self.out)
         if Path(self.out, "checkpoint.pt").exists():
             saved = read(self.out)
-            for name, old in saved["settings"].items() - self.settings.items():     # the first
-                raise ValueError(f"{self.out} has {name} {old}, not {vars(config)[name]}: name another --out")
-            for name, part in parts.items():
-                saved[name].pop("param_groups", None)       # fused and capturable are this run's
-                part.load_state_dict(part.state_dict() | saved[name])
-            self.step, self.time, self.rows, self.states = saved["run"]
-            self.images = saved["images"]
+            with fitting(self.out, SCRIPT):
+                compare(saved, self.settings, self.out)
+                for name, part in parts.items():
+                    part.load_state_dict(part.state_dict() | saved[name])
+                self.step, self.time, self.rows, states, self.shown = saved["run"]
+                for each, state in zip(self.random, (states + [[]] * self.world)[self.rank]):
+                    each.set_rng_state(state)
         if self.rank == 0:
-            print(f"device: {fixed_z.device}\nrun folder: {self.out}")
-            print(f"{self.step} of {config.steps} steps are done", flush=True)
+            save_images(real, self.out / "real.png")
 
     def __iter__(self):
-        config, first, stop = self.config, self.step, []
+        config, halt = self.config, False
+        if self.rank == 0:
+            print(f"device: {self.fixed_z.device}\nrun folder: {self.out}")
+            print(f"{self.step} of {config.steps} steps are done", flush=True)
         self.since, self.begin = self.step, perf_counter() - self.time
-        for each, state in zip(self.random, (self.states + [[]] * self.world)[self.rank]):
-            each.set_rng_state(state)
-        with ExitStack() as stack:
-            if self.rank == 0:
-                stack.callback(save_animation, self.out)
-            for each in SIGINT, SIGTERM:
-                before = signal(each, lambda *_: stop.append(True))
-                stack.callback(signal, each, before)
-            for self.step in range(first + 1, config.steps + 1):
+        with stop_signals() as stop:
+            for self.step in range(self.step + 1, config.steps + 1):
                 yield self.step
                 # All processes stop, or none: they agree at every tenth step.
                 halt = (self.world == 1 or self.step % 10 == 0) and any(everyones(stop))
@@ -314,7 +312,11 @@ class Run:
                     self.save()
                     everyones(None)                         # torchrun ends all when one ends: wait for the first
                     if halt:
-                        raise KeyboardInterrupt
+                        break
+        if self.rank == 0:
+            save_animation(self.out)
+        if halt:
+            raise KeyboardInterrupt
 
     def log(self, resolution, alpha, **losses):
         """Adds up a step's losses, scalar tensors; a row of the log has their means, and where the last step was"""
@@ -323,7 +325,7 @@ class Run:
             self.sums.setdefault(name, torch.zeros_like(loss)).add_(loss.detach())
 
     def save(self):
-        """A line, a row, the pictures, and when all these are there, the checkpoint: by the first process alone"""
+        """A row, the pictures, when these are there, the checkpoint, and then a line: by the first process alone"""
         states = everyones([each.get_rng_state() for each in self.random])
         if self.rank > 0:
             return
@@ -332,24 +334,25 @@ class Run:
         for total in self.sums.values():
             total.zero_()
         was, self.time = self.time, perf_counter() - self.begin
-        speed = count / (self.time - was)
-        left = (self.config.steps - self.step) / speed / 60     # at this speed; larger images take longer
-        losses = "  ".join(f"{name} {it:.4g}" for name, it in row.items())
-        speed = f"{speed:.1f} steps/s  {left:.0f} min left"
-        print(f"step {self.step}/{self.config.steps}  {losses}  {speed}", flush=True)
-        self.rows.append(dict(step=self.step, images=self.images, seconds=self.time, **row))
+        self.rows.append(dict(step=self.step, images=self.shown, seconds=self.time, **row))
         save_curve(self.rows, self.out)                     # ValueError if a loss is not finite
         G = self.parts["G_ema"]
         side = min(8, 2048 // G.grown[0])                   # more would not fit into the picture
         x = [G(z) for z in self.fixed_z[:side ** 2].split(8)]
         save_images(torch.cat(x), self.out / f"{self.step:06d}.png")
         saved = {name: part.state_dict() for name, part in self.parts.items()}
-        saved["run"] = self.step, self.time, self.rows, states
-        saved |= dict(settings=self.settings, images=self.images)
+        for state in saved.values():
+            state.pop("param_groups", None)                 # lr and the like: train gives them to every run
+        saved |= dict(settings=self.settings, run=(self.step, self.time, self.rows, states, self.shown))
         for name in (f"{self.step:06d}.pt", "checkpoint.pt"):
             if self.config.keep or name == "checkpoint.pt":
                 with replacing(self.out / name) as file:
                     torch.save({SCRIPT: saved}, file)
+        speed = count / (self.time - was)
+        left = (self.config.steps - self.step) / speed / 60     # at this speed; larger images take longer
+        losses = "  ".join(f"{name} {it:.4g}" for name, it in row.items())
+        speed = f"{speed:.1f} steps/s  {left:.0f} min left"
+        print(f"step {self.step}/{self.config.steps}  {losses}  {speed}", flush=True)
 
 
 def processes(device):
@@ -376,32 +379,34 @@ def read(path):
     """The checkpoint in a run folder, or a file that --keep wrote.  ValueError if there is no good one"""
     if Path(path).is_dir():
         path = Path(path, "checkpoint.pt")
-    try:
+    with fitting(path, SCRIPT):
         return torch.load(path, map_location="cpu", weights_only=True)[SCRIPT]
-    except (OSError, EOFError, RuntimeError, LookupError, TypeError, UnpicklingError):
-        raise ValueError(f"{path} is missing, damaged or not of {SCRIPT}.py: name another --out")
 
 
 def load(path):
     """The moving average of G in what read() finds, as large as it has grown, on the CPU: z ~ N(0, 1), (n, nz) ->
     images, about in [-1, 1], (n, C, H, W)"""
     saved = read(path)
-    settings = saved["settings"]
-    G = Generator(*(settings[name] for name in ("size", "channels", "fmap_base", "fmap_max", "nz")))
-    G.load_state_dict(saved["G_ema"])
-    G.grown = schedule(saved["images"], settings["size"], settings["kimg"])
+    with fitting(path, SCRIPT):
+        settings = saved["settings"]
+        G = Generator(*(settings[name] for name in ("size", "channels", "fmap_base", "fmap_max", "nz")))
+        G.load_state_dict(saved["G_ema"])
+        G.grown = schedule(saved["run"][4], settings["size"], settings["kimg"])
     return G.eval().requires_grad_(False)
 
 
 def generate(path, n, device="auto", seed=0):
-    """Writes n images of what read() finds, image i by seed and i alone, and returns their new folder"""
-    settings, device = read(path)["settings"], find_device(device)
-    G, noise = load(path).to(device), torch.Generator().manual_seed(seed)
-    z = (torch.randn(64, settings["nz"], generator=noise) for _ in range(0, n, 64))
-    images = (G(part.to(device)) for each in z for part in each.split(8))
-    return save_each(images, n, path, settings["dataset"])
+    """Writes n more images of what read() finds, image i by seed and i alone, and returns their folder"""
+    if n < 1:
+        raise ValueError(f"--generate must be at least 1, not {n}")
+    G, settings, device = load(path), read(path)["settings"], find_device(device)
+    (folder, first), noise = next_image(path), torch.Generator().manual_seed(seed)
+    z = torch.cat([torch.randn(64, settings["nz"], generator=noise) for _ in range(0, first + n, 64)]).to(device)
+    images = map(G.to(device), z[first:first + n].split(8))
+    return save_each(images, folder, first, settings.get("dataset"))
 
 
+@in_one_sentence(SCRIPT)
 def main(argv=None):
     """The command line.  SystemExit: 2 after a user's mistake, with one sentence; 130 after Ctrl-C"""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -415,15 +420,10 @@ def main(argv=None):
     parser.add_argument("--generate", type=int, metavar="N", help="N images of the run in OUT")
     args = parser.parse_args(argv)
     n = vars(args).pop("generate")
-    try:
-        if n is None:
-            train(**vars(args))
-        else:
-            generate(run_folder(SCRIPT, args), n, args.device, args.seed)
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    except KeyboardInterrupt:
-        parser.exit(130, f"{SCRIPT}.py: stopped; in training, the same command goes on\n")
+    if n is None:
+        train(**vars(args))
+    else:
+        generate(run_folder(SCRIPT, args), n, args.device, args.seed)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def usual_step(name, networks=None, resize=transforms.Pad(2)):
     in EBGAN the generated images encoded twice"""
     script, m = importlib.import_module(name), 16 if name == "progan" else 64
     steps_per_image = [resize, transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
-    mnist = datasets.MNIST(common.ROOT, transform=transforms.Compose(steps_per_image))
+    mnist = datasets.MNIST(common.ROOT, download=True, transform=transforms.Compose(steps_per_image))
     loader = torch.utils.data.DataLoader(mnist, m, shuffle=True, drop_last=True)
     reals = (real for _ in itertools.count() for real, _ in loader)
     if name == "progan":

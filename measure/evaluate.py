@@ -152,11 +152,10 @@ def reference(dataset, digit=None, root=None):
     ValueError for anything else"""
     if common.channels_of(dataset) != 1:
         raise ValueError(f"the classifier is for mnist and fashion-mnist, not for {dataset}")
+    if digit is not None and not 0 <= digit <= 9:
+        raise ValueError(f"--digit must be one of the classes 0 to 9 of {dataset}, not {digit}")
     root = Path(root or common.ROOT)
-    common.load_images(dataset, digit, 28, root)                # downloads, and complains in one sentence
-    kind, _ = common.DATASETS[dataset]
-    (training, labels), (test, answers) = ((torch.as_tensor(part.data)[:, None], torch.as_tensor(part.targets))
-                                           for part in (kind(str(root), train=each) for each in (True, False)))
+    (training, labels), (test, answers) = (common.read_set(dataset, root, train) for train in (True, False))
     classifier = kept(root / f"classifier-{dataset}.pt", training, labels)
     features = features_of(classifier, test)
     accuracy = (classifier.scores(features).argmax(1) == answers).double().mean().item()

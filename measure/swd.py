@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import ENDINGS, _side, load_images  # noqa: E402
+from common import _files, _side, in_one_sentence, load_images  # noqa: E402
 
 TAPS = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16         # Burt & Adelson 1983, a = 0.375
 
@@ -88,9 +88,7 @@ def swd(real, fake, images=16384, per_image=128, projections=512, seed=0):
 
 def side_of(folder):
     """The largest square in the first readable image of a folder, in pixels; None if there is none"""
-    for path in sorted(Path(folder).rglob("*")):
-        if path.suffix.lower() in ENDINGS and path.name[0] != "." and _side(path):
-            return _side(path)
+    return next(filter(None, map(_side, _files(Path(folder))[0])), None)
 
 
 def main(argv=None):

@@ -91,7 +91,6 @@ def test_copies_and_entropy():
 @pytest.fixture
 def root(monkeypatch, tmp_path):
     """A folder with MNIST, in which a classifier is made of 1,000 images, in two seconds"""
-    common.load_images("mnist")                             # unpacked, if it was not
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "MNIST").symlink_to(common.ROOT / "MNIST")
     fit = evaluate.fit
@@ -101,8 +100,8 @@ def root(monkeypatch, tmp_path):
 
 def test_a_digits_reference_has_that_digit_only(root):
     to = evaluate.reference("mnist", 7, root)
-    data = common.DATASETS["mnist"][0](str(common.ROOT), train=False)
-    expected = data.data[data.targets == 7][:, None]
+    images, classes = common.read_set("mnist", train=False)
+    expected = images[classes == 7]
     assert len(to.test) == len(expected) == 1028 and len(to.training) == 6265 and to.accuracy > 0.8
     assert torch.equal(to.test.double().mean(0), expected.double().mean(0)) and not torch.equal(to.test, expected)
     figures = evaluate.judge(to.training[:300], to, copied=to.test)

@@ -1,7 +1,19 @@
 """common.py: images in, images out"""
 import argparse
+import errno
 import gzip
+import hashlib
+import io
+import os
+import pickle
 import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +22,8 @@ import torch
 from PIL import Image
 
 import common
-from common import batches, find_device, load_images, pyramid, run_folder, save_animation, save_curve, save_each
-from common import save_images
+from common import batches, checked, claim, find_device, load_images, name_of, next_image, pyramid, replacing
+from common import run_folder, save_animation, save_curve, save_each, save_images
 
 
 @pytest.fixture
@@ -52,35 +64,57 @@ def test_mnist_is_the_archives_pixels_with_a_border_of_two_or_resized_or_repeate
     assert torch.equal(load_images("mnist", 7, channels=3), sevens.expand(-1, 3, -1, -1))
 
 
-def test_damaged_files_are_unpacked_again_or_named(tmp_path):
+def test_archives_are_read_where_they_are_and_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
     raw = tmp_path / "MNIST" / "raw"
     shutil.copytree(common.ROOT / "MNIST" / "raw", raw, ignore=shutil.ignore_patterns("*ubyte"))
-    good, file = load_images("mnist", 7, root=tmp_path), raw / "train-images-idx3-ubyte"
-    for damage in (lambda data: data[:1000], lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:]):
-        file.write_bytes(damage(file.read_bytes()))
-        assert torch.equal(load_images("mnist", 7, root=tmp_path), good)
-    for archive in raw.glob("*.gz"):                        # does not matter beside good unpacked files
-        archive.write_bytes(archive.read_bytes()[:-9])
-    assert torch.equal(load_images("mnist", 7, root=tmp_path), good)
-    file.write_bytes(b"short")
-    for archive in raw.glob("*.gz"):
-        archive.unlink()
-    with pytest.raises(OSError, match="mnist in .* is damaged: delete"):
+    (raw / "train-images-idx3-ubyte").write_bytes(b"old")   # unpacked by others, and damaged
+    for each in (raw, raw.parent, tmp_path):
+        each.chmod(0o555)
+    good, names = load_images("mnist", 7, root=tmp_path), sorted(raw.iterdir())
+    assert len(good) == 6265 and sorted(raw.iterdir()) == names
+    for each in (raw, raw.parent, tmp_path):
+        each.chmod(0o755)
+    images, labels = (raw / f"train-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1"))
+    labels.unlink()
+    with pytest.raises(OSError, match=f"{labels} is missing .*no network in the tests.*put a good one there"):
         load_images("mnist", root=tmp_path)
-    for dataset, name in (("cifar10", "cifar-10-python.tar.gz"), ("fashion-mnist", "train-labels-idx1-ubyte.gz")):
-        with pytest.raises(OSError, match=f"no network in the tests.*{name}"):      # to be fetched by hand
-            load_images(dataset, root=tmp_path)
+    shutil.copy(common.ROOT / "MNIST" / "raw" / labels.name, labels)
+    images.write_bytes(images.read_bytes()[:-9])
+    with pytest.raises(OSError, match=f"{images} is damaged .*no network in the tests.*put a good one there"):
+        load_images("mnist", root=tmp_path)
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"no archive")
+    with pytest.raises(OSError, match="cifar-10-python.tar.gz is damaged .*no network"):
+        load_images("cifar10", root=tmp_path)
+
+    def download(url, folder, name, md5):
+        tried.append(url)
+        Path(folder, name).write_bytes(b"half of it")
+        if len(tried) == 1:
+            raise RuntimeError("File not found or corrupted.")
+        shutil.copy(common.ROOT / "MNIST" / "raw" / name, folder)
+    tried = []
+    monkeypatch.setattr(common.datasets.utils, "download_url", download)
+    assert torch.equal(load_images("mnist", 7, root=tmp_path), good)        # from the second mirror
+    assert [url.rpartition("/")[2] for url in tried] == [images.name] * 2 and len(set(tried)) == 2
+    assert sorted(raw.iterdir()) == names
 
 
 def test_cifar10_and_fashion_mnist_by_class(monkeypatch, tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
-
-    def cifar(root, train, download):
-        return argparse.Namespace(data=pixels, targets=[i % 10 for i in range(30)])
-    cifar.filename = "cifar-10-python.tar.gz"
-    monkeypatch.setitem(common.DATASETS, "cifar10", (cifar, 3))
-    np.testing.assert_array_equal(load_images("cifar10", 4, root=tmp_path), pixels[4::10].transpose(0, 3, 1, 2))
-    assert load_images("cifar10", root=tmp_path, channels=1).shape == (30, 1, 32, 32)
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 3, 32, 32), dtype=np.uint8)
+    kind, file = common.datasets.CIFAR10, tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(file, "w:gz") as tar:
+        for i, (name, _) in enumerate(kind.train_list + kind.test_list):
+            some = dict(data=pixels[10 * i:10 * i + 10].reshape(10, -1), labels=[*range(10)])
+            data = pickle.dumps(some, 2)
+            entry = tarfile.TarInfo(f"{kind.base_folder}/{name}")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    monkeypatch.setattr(kind, "tgz_md5", hashlib.md5(file.read_bytes()).hexdigest())
+    np.testing.assert_array_equal(load_images("cifar10", 4, root=tmp_path), pixels[4:50:10])
+    assert load_images("cifar10", root=tmp_path, channels=1).shape == (50, 1, 32, 32)
+    test, labels = common.read_set("cifar10", tmp_path, train=False)
+    assert labels.tolist() == [*range(10)] and np.array_equal(test, pixels[50:])
+    assert [len(part) for part in common.read_set("mnist", train=False)] == [10000, 10000]
     assert common.DATASETS["fashion-mnist"] == (common.datasets.FashionMNIST, 1)
     assert [*map(common.channels_of, ("cifar10", "mnist", "folder"))] == [3, 1, 3]
 
@@ -89,8 +123,9 @@ def test_a_folder_of_everything(photos, capsys):
     (photos / "gone.png").symlink_to(photos / "nowhere.png")
     images = load_images(str(photos), size=16)
     assert images.shape == (10, 3, 16, 16) and images.dtype == torch.uint8
-    err = capsys.readouterr().err
-    assert "corrupt.png" in err and "gone.png: FileNotFoundError" in err and "skipped 2 of 12" in err
+    out, err = capsys.readouterr()
+    assert out == (f"10 images from {photos}; left out: 1 run folders, 1 broken links or no regular files, 1 .txt, "
+                   "1 unreadable\n") and "left out" in err and "corrupt.png" in err
     assert load_images(photos, size=16, channels=1).shape == (10, 1, 16, 16)
     order = "bits cmyk deep/deeper/rgba deep/grey dot large palette rgb rotated sixteen".split()
     at = dict(zip(order, images))
@@ -154,13 +189,171 @@ def test_pyramid_averages_2x2_pixels_and_rounds_once(tmp_path, n, size, channels
             np.testing.assert_array_equal(level.numpy(), np.round(mean).astype(np.uint8), strict=True)
 
 
+def test_values_of_other_kinds_are_scaled_by_the_range_of_the_folder(tmp_path, capsys):
+    ramp = np.linspace(0, 1, 256).reshape(16, 16)
+    kinds = {"tif": [ramp, ramp * 65535, ramp - 0.5, np.where(ramp < 0.5, ramp, np.nan)],
+             "tiff": [(ramp * 2**30).astype(np.int32), ((ramp - 0.5) * 9e4).astype(np.int32)],
+             "png": [(ramp * 1023).astype(np.uint16), (ramp * 16383).astype(np.uint16)]}
+    for ending, kind in kinds.items():
+        for i, values in enumerate(kind):
+            folder, most = tmp_path / f"{ending}{i}", np.nanmax(values)
+            folder.mkdir()
+            darker = values / 2 if values.dtype == np.float64 else values // 2
+            for name, each in (("a", values), ("b", darker)):
+                each = each.astype(np.float32) if each.dtype == np.float64 else each
+                Image.fromarray(each).save(folder / f"{name}.{ending}")
+            Image.new("L", (16, 16), 200).save(folder / "c.jpg")
+            a, b, c = load_images(folder, size=16, channels=1)[:, 0].numpy().astype(float)
+            low = min(np.nanmin(values), np.nanmin(darker))
+            for shown, each in ((a, values), (b, darker)):
+                expected = (np.nan_to_num(each.astype(float), nan=low) - low) / (most - low) * 255
+                assert abs(shown - expected).max() <= 1.01, (ending, i)
+            assert abs(c - 200).max() < 3 and "become black and white" in capsys.readouterr().out
+    for i, (each, word) in enumerate({"true 16 bits": 60000, "little to be seen": 15}.items()):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        for name in "ab":
+            values = np.full((16, 16), word, np.uint16 if word > 255 else np.uint8)
+            Image.fromarray(values).save(folder / f"{name}.png")
+        assert (load_images(folder, size=16) == (word if word < 256 else word >> 8)).all()
+        assert ("little to be seen" in capsys.readouterr().out) == (word < 256)
+    file = load_images(tmp_path / "png0", size=16, channels=1, root=tmp_path / "root", mapped=True)
+    assert torch.equal(file, load_images(tmp_path / "png0", size=16, channels=1))
+
+
+def test_every_ending_that_pillow_opens_and_folders_behind_links_once(tmp_path, capsys):
+    image, folder = Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)), tmp_path / "all"
+    (folder / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    formats = dict(jpe="JPEG", apng="PNG", pbm="PPM", tga="TGA", jp2="JPEG2000", avif="AVIF", ico="ICO", qoi="QOI",
+                   JPG="JPEG", none="PNG", mpo="MPO")
+    formats = {ending: name for ending, name in formats.items() if name in {*Image.SAVE, "MPO"}}
+    for ending, name in formats.items():
+        with open(folder / "deep" / f"a.{ending}" if ending != "none" else folder / "without", "wb") as file:
+            image.convert("1" if ending == "pbm" else "RGB").save(file, name)
+    image.save(tmp_path / "elsewhere" / "linked.png")
+    for name, to in dict(link=tmp_path / "elsewhere", again=tmp_path / "elsewhere", loop=folder).items():
+        (folder / name).symlink_to(to)
+    (folder / "page.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    for name in ("one.heic", "two.HEIC", "drawing.eps", "movie.mp4"):
+        (folder / name).write_bytes(b"of another kind")
+    os.mkfifo(folder / "pipe.png")
+    images = load_images(folder, size=16)
+    assert len(images) == len(formats) + 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == (f"{len(images)} images from {folder}; left out: 2 .heic, 1 .eps, 1 .mp4, "
+                       "1 broken links or no regular files, 1 unreadable")
+
+
+def chunk(name, content, checksum=None):
+    crc = zlib.crc32(name + content) if checksum is None else checksum
+    return struct.pack(">I4s", len(content), name) + content + struct.pack(">I", crc)
+
+
+def test_metadata_costs_no_picture_and_turns_it_by_its_orientation_alone(tmp_path):
+    halves = np.zeros((32, 32, 3), np.uint8)
+    halves[:, 16:] = 255                                    # left black, right white
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # to be shown turned clockwise
+    jpeg, png = io.BytesIO(), io.BytesIO()
+    Image.fromarray(halves).save(jpeg, "JPEG", exif=exif, quality=95)
+    Image.fromarray(halves).save(png, "PNG", exif=exif)
+    jpeg, png = jpeg.getvalue(), png.getvalue()
+    after = len(png[:8]) + 25                               # behind IHDR
+    texts = [chunk(b"iCCP", b"profile\0\7junk"), chunk(b"tEXt", b"key\0text", checksum=1),
+             chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(2**21))), chunk(b"iTXt", b"key\0\1\0\0\0\xff")]
+    files = {f"{i}.png": png[:after] + text + png[after:] for i, text in enumerate(texts)}
+    segments = [(0xE2, b"ICC_PROFILE\0"), (0xE2, b"MPF\0MM"), (0xED, b"Photoshop 3.0\x008BIM\4\4"), (0xEE, b"Adobe"),
+                (0xFE, b"comment"), (0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff")]
+    for i, (marker, content) in enumerate(segments):
+        segment = bytes([255, marker]) + struct.pack(">H", len(content) + 2) + content
+        files[f"{i}.jpg"] = jpeg[:2] + segment + jpeg[2:]
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    turned = torch.from_numpy(np.rot90(halves, -1).copy()).permute(2, 0, 1).float()
+    images = load_images(tmp_path, size=32)
+    assert len(images) == len(files) and (images - turned).abs().mean() < 3
+    (tmp_path / "junk").mkdir()
+    for name, good, bad in (("a", b"Exif\0\0MM", b"Exif\0\0??"), ("b", b"\x01\x12\0\x03", b"\x01\x12\0\x63")):
+        assert good in jpeg
+        (tmp_path / "junk" / f"{name}.jpg").write_bytes(jpeg.replace(good, bad))
+    as_it_is = torch.from_numpy(halves).permute(2, 0, 1).float()
+    assert (load_images(tmp_path / "junk", size=32) - as_it_is).abs().mean() < 3
+
+
+def test_two_that_write_one_file_and_leftovers_of_a_killed_one(tmp_path):
+    file, old = tmp_path / "x", tmp_path / ".y.png.0123abcd.part"
+    old.write_bytes(b"of a killed run")
+    os.utime(old, (0, 0))
+    with replacing(file) as first:
+        first.write(b"a" * 100)
+        with replacing(file) as second:
+            second.write(b"b" * 10)
+        assert file.read_bytes() == b"b" * 10
+        first.write(b"a" * 100)
+    assert file.read_bytes() == b"a" * 200 and [*tmp_path.iterdir()] == [file]      # the last to end wins
+
+
+def test_two_that_decode_one_folder_at_a_time(photos, tmp_path):
+    alone = load_images(photos, size=16)
+    with ThreadPoolExecutor(4) as pool:
+        for images in pool.map(lambda _: load_images(photos, size=16, root=tmp_path / "root", mapped=True), range(8)):
+            assert torch.equal(images, alone)
+    made = [(file.name, file.stat().st_mtime_ns) for file in (tmp_path / "root" / "cache").iterdir()]
+    load_images(os.path.relpath(photos), size=16, root=tmp_path / "root", mapped=True)      # is the same folder
+    assert [(file.name, file.stat().st_mtime_ns) for file in (tmp_path / "root" / "cache").iterdir()] == made
+
+
+def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path):
+    file = tmp_path / "checkpoint.pt"
+    file.write_bytes(b"old")
+
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space left .*checkpoint.pt"):
+        patch.setattr("builtins.open", Full)
+        with replacing(file) as sink:
+            torch.save(dict(x=torch.zeros(10)), sink)
+    assert file.read_bytes() == b"old" and [*tmp_path.iterdir()] == [file]
+
+
+def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch):
+    free = common.free_memory()
+    monkeypatch.setattr(common, "CGROUPS", [(tmp_path, "max", "current"), (tmp_path / "none", "max", "current")])
+    for limit, expected in (("1000000", 1000000 - 700000 + 300000), ("max\n", free)):
+        for name, text in dict(max=limit, current="700000\n").items():
+            (tmp_path / name).write_text(text)
+        (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 100000\nactive_file 200000\n")
+        assert abs(common.free_memory() - expected) < expected / 2
+    monkeypatch.setattr(common, "free_memory", lambda: 10**9)
+    with pytest.raises(MemoryError):                        # before it is tried
+        load_images("mnist", size=256)
+
+
+def test_numbers_are_checked_and_become_pythons_own():
+    def train(lr=0.1, steps=1, digit: int = None, dataset="mnist"):
+        return checked(train, locals())
+    settings = train(np.float64(1), np.int64(3), None, "x")
+    assert (settings.lr, settings.steps, settings.digit, settings.dataset) == (1.0, 3, None, "x")
+    assert type(settings.lr) is float and type(settings.steps) is int
+    assert train(lr=2).lr == 2.0 and train(digit=0).digit == 0
+    for name, values in dict(lr=["1", None, float("nan"), float("inf"), [1]], steps=["3", None, 2.5, 0, -1, 10**30],
+                             digit=["7", 7.0]).items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name} must be"):
+                train(**{name: value})
+
+
 def test_what_makes_no_sense_is_refused_in_one_sentence(tmp_path):
     Path("one/empty").mkdir(parents=True)
     Image.new("L", (5, 5)).save("one/a.png")
     Path("one/b.png").write_bytes(b"no picture")
+    Path("loop").symlink_to("loop")
     for words, call in {
-            "nowhere does not exist": dict(dataset="nowhere"), "is a file": dict(dataset="one/a.png"),
-            "no images in": dict(dataset="one/empty"), "one holds 1 readable images": dict(dataset="one", size=4),
+            "nowhere is no folder": dict(dataset="nowhere"), "is a file": dict(dataset="one/a.png"),
+            "loop is no folder": dict(dataset="loop"), "0 images from one/empty": dict(dataset="one/empty"),
+            "1 images from one; left out: 1 unreadable": dict(dataset="one", size=4),
             "--digit 3 needs a data set with classes": dict(dataset="one", digit=3),
             "--digit must be one of the classes 0 to 9": dict(digit=11), "--channels must be 1": dict(channels=2),
             "--size must be at least 1": dict(size=0)}.items():
@@ -192,19 +385,22 @@ def test_batches_are_full_uniform_with_replacement_and_exact():
 def test_what_goes_out_is_what_came_in(tmp_path):
     for channels in (1, 3):
         images = torch.randint(0, 256, (5, channels, 16, 16), dtype=torch.uint8)
-        folder = save_each((images.float() / 127.5 - 1).split(2), 4, tmp_path / f"{channels}.pt")
-        assert folder == tmp_path / str(channels) and len(list(folder.iterdir())) == 4      # beside the checkpoint
-        back = [np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(4)]
-        np.testing.assert_array_equal(np.stack(back).reshape(4, 16, 16, channels).transpose(0, 3, 1, 2), images[:4])
-    folder = save_each([torch.full((1, 1, 4, 4), -7.0)], 1, tmp_path)
+        folder, first = next_image(tmp_path / f"{channels}.pt")
+        assert folder == tmp_path / str(channels) and first == 0            # beside the checkpoint
+        save_each((images.float() / 127.5 - 1).split(2), folder)
+        back = [np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(5)]
+        np.testing.assert_array_equal(np.stack(back).reshape(5, 16, 16, channels).transpose(0, 3, 1, 2), images)
+        assert next_image(tmp_path / f"{channels}.pt") == (folder, 5)
+    folder = save_each([torch.full((1, 1, 4, 4), -7.0)], next_image(tmp_path)[0])
     assert folder == tmp_path / "generated" and not np.asarray(Image.open(folder / "000000.png")).any()
-    zeros, new = torch.zeros(1, 1, 32, 32), tmp_path / "new.pt"
-    for words, args in {"there already": ([zeros], 1, tmp_path), "at least 1, not 0": ([], 0, new),
-                        "nan": ([zeros / 0], 1, new)}.items():
-        with pytest.raises((FileExistsError, ValueError), match=words):
-            save_each(*args)
+    zeros, before = torch.zeros(1, 1, 32, 32), (folder / "000000.png").read_bytes()
+    with pytest.raises(FileExistsError):                    # by another process at the same time
+        save_each([zeros], folder)
+    with pytest.raises(ValueError, match="nan"):
+        save_each([zeros / 0], tmp_path / "new")
+    assert (folder / "000000.png").read_bytes() == before and not (tmp_path / "new").exists()
     for dataset, side in dict(mnist=28, cifar10=32, photos=32).items():     # the border comes off
-        assert Image.open(save_each([zeros], 1, tmp_path / dataset, dataset) / "000000.png").size == (side, side)
+        assert Image.open(save_each([zeros], tmp_path / dataset, 0, dataset) / "000000.png").size == (side, side)
 
 
 def test_a_grid_goes_row_by_row_is_square_and_never_half_written(tmp_path):
@@ -264,3 +460,24 @@ def test_devices_and_run_folders():
                                         ("runs/wgan-photos", None, "path/to/photos/", None),
                                         ("runs/wgan-mnist-0", None, "mnist", 0), ("a", "a", "mnist", 0)):
         assert run_folder("wgan", argparse.Namespace(out=out, dataset=dataset, digit=digit)) == Path(folder)
+
+
+def test_a_data_set_is_one_however_it_is_spelt():
+    Path("photos").mkdir()
+    Path("link").symlink_to("photos")
+    for spelling in ("photos", "photos/", "./photos", os.path.abspath("photos"), "link", "photos/../photos"):
+        settings = argparse.Namespace(out=None, dataset=spelling, digit=None)
+        assert name_of(spelling) == "photos/" and run_folder("wgan", settings) == Path("runs/wgan-photos")
+    assert name_of("mnist") == "mnist" and name_of("./mnist") == "mnist/"
+    assert name_of(".") == Path().resolve().name + "/"
+
+
+def test_a_run_folder_belongs_to_one_process_until_it_ends():
+    code = (f"import sys; sys.path.insert(0, {str(common.ROOT.parent)!r}); import common; from pathlib import Path; "
+            "lock = common.claim(Path('run')); print('has it', flush=True); input()")
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"has it\n"
+        with pytest.raises(ValueError, match="another run is writing to run"):
+            claim(Path("run"))
+        other.kill()
+    assert claim(Path("run")) and claim(Path("run")) and Path("run/.run").exists()

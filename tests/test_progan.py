@@ -148,11 +148,24 @@ def test_schedule():
 
 
 def test_steps_and_size_unless_given(monkeypatch):
-    monkeypatch.setattr(progan, "Run", lambda config, *_, **__: pytest.fail(f"{config.size} {config.steps}"))
-    for dataset, given, expected in (("mnist", 4, "4 500"), ("mnist", 64, "64 4500"), ("mnist", None, "32 3500"),
-                                     ("folder", None, f"1024 {5500 + 2 * (572 + 1334 + 2667)}")):   # by minibatches
-        with pytest.raises(pytest.fail.Exception, match=f"^{expected}$"):
-            progan.train(dataset=dataset, size=given, kimg=8.0, fmap_base=4, fmap_max=1, device="cpu")
+    class Config(Exception):
+        def __init__(self, config, *_, **__):
+            self.config, self.step, self.shown = config, *went_on
+
+        def __iter__(self):
+            raise self
+    monkeypatch.setattr(progan, "Run", Config)
+    monkeypatch.setattr(progan, "load_images", lambda *_, **__: torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
+    monkeypatch.setattr(progan, "pyramid", lambda images: {4 << k: images for k in range(9)})
+    for dataset, given, batch_size, went_on, expected in (
+            ("mnist", 4, None, (0, 0), (4, 500)), ("mnist", 64, None, (0, 0), (64, 4500)),
+            ("mnist", None, None, (0, 0), (32, 3500)), ("mnist", None, 7, (0, 0), (32, 8000)),   # 8,000 x 7 / 7
+            ("mnist", None, 8, (2100, 33600), (32, 2100 + 2800)), ("mnist", None, None, (4000, 60000), (32, 4000)),
+            ("folder", None, None, (0, 0), (1024, 5500 + 572 + 571 + 1333 + 1334 + 2666 + 2666))):
+        with pytest.raises(Config) as end:
+            progan.train(dataset=dataset, size=given, batch_size=batch_size, kimg=8.0, fmap_base=4, fmap_max=1,
+                         device="cpu")
+        assert (end.value.config.size, end.value.config.steps) == expected
 
 
 def test_grad_norm_is_the_gradient_of_the_summed_scores():
@@ -244,7 +257,7 @@ def test_six_steps_equal_numpy(monkeypatch, settings):
 
     assert not [*index, *latents, *epsilons]                # all that was drawn was used, each once
     saved = progan.read("run")
-    assert saved["run"][0] == 6 and saved["images"] == 6 * m
+    assert saved["run"][0] == 6 and saved["run"][4] == 6 * m
     for part, values in (("D", w), ("G", theta), ("G_ema", ema)):
         for name, value in values.items():
             np.testing.assert_allclose(saved[part][name].numpy(), value, rtol=2e-4, atol=2e-6, err_msg=name)
@@ -271,7 +284,7 @@ def test_a_run_grows_and_ends_by_itself_and_continuing_is_exact():
     for stop, since in {4: 0, 6: 2, 11: 3, 14: 2, 16: 0, 19: 3, 20: 4}.items():
         progan.train(**TINY, steps=stop, out="parts")
         saved = progan.read("parts")
-        assert saved["images"] == 4 * stop
+        assert saved["run"][4] == 4 * stop
         for name in ("opt_G", "opt_D"):                     # reset when a fade begins and when it ends
             assert {int(state["step"]) for state in saved[name]["state"].values()} == ({since} if since else set())
     assert_same(training(progan, "parts"), training(progan, whole))
@@ -359,7 +372,7 @@ def test_two_processes_train_as_one_and_only_the_first_writes():
     assert all(map(torch.equal, a, b))
     assert len(drawn_a) == len(drawn_b) > 1000 and torch.isin(drawn_a, drawn_b).sum() < 5       # other noise
     saved, lines = progan.read("whole"), done.stdout.splitlines()
-    assert saved["run"][0] == 20 and saved["images"] == 20 * 8
+    assert saved["run"][0] == 20 and saved["run"][4] == 20 * 8
     assert not torch.equal(*(states[0] for states in saved["run"][3]))
     assert_same(training(progan, "whole"), training(progan, "parts"))
     assert lines.count("device: cpu") == 4

@@ -151,7 +151,7 @@ def logged(out, *names):
 def training(script, out):
     """All of a checkpoint but the clock and the rows"""
     checkpoint = script.read(out)
-    step, _, _, states = checkpoint.pop("run")
+    step, _, _, *states = checkpoint.pop("run")
     return checkpoint | dict(step=step, states=states)
 
 
