@@ -31,7 +31,6 @@ import tarfile
 import tempfile
 import time
 import traceback
-import types
 import uuid
 import warnings
 import zlib
@@ -646,21 +645,28 @@ def _ticks(low, high):
 
 # ---- What surrounds a run ----------------------------------------------------------------------------------------
 
-def checked(train, values):
-    """The settings of train, a function, from values, its locals(): a namespace with numbers as Python has them.
-    ValueError if one is no number where one is meant, or below 1 where something is counted"""
-    for name, setting in inspect.signature(train).parameters.items():
-        kind = setting.annotation if setting.default is None else type(setting.default)
-        value = values[name]
-        if kind not in (int, float) or value is None and setting.default is None:
-            continue
-        meant = dict(int=numbers.Integral, float=numbers.Real)[kind.__name__]
-        if not isinstance(value, meant) or not abs(value) < 2**63:      # which refuses nan, too
-            raise ValueError(f"{name} must be a number ({kind.__name__}), not {value!r}")
-        if kind is int and value < 1 and name not in ("digit", "seed"):
-            raise ValueError(f"{name} must be at least 1, not {value}")
-        values[name] = kind(value)
-    return types.SimpleNamespace(**values)
+def checked(train):
+    """@checked def train(...): numbers reach it as Python's own, int or float, whatever kind they were.  ValueError
+    for what is no number where one is meant, and below 1 where something is counted"""
+    signature = inspect.signature(train)
+
+    @functools.wraps(train)
+    def with_numbers(*values, **settings):
+        settings = signature.bind(*values, **settings).arguments
+        for name, value in settings.items():
+            setting = signature.parameters[name]
+            default = setting.default
+            kind = setting.annotation if default is None else type(default)
+            if kind not in (int, float) or value is None and default is None:
+                continue
+            meant = numbers.Integral if kind is int else numbers.Real
+            if not isinstance(value, meant) or not abs(value) < 2**63:      # which refuses nan, too
+                raise ValueError(f"{name} must be a number ({kind.__name__}), not {value!r}")
+            if kind is int and value < 1 and name not in ("digit", "seed"):
+                raise ValueError(f"{name} must be at least 1, not {value}")
+            settings[name] = kind(value)
+        return train(**settings)
+    return with_numbers
 
 
 def name_of(dataset):

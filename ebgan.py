@@ -12,7 +12,7 @@ Differs from the paper (authors' code: none found; appendix: from others; equati
 - One z for both losses, D's update first. Batch size, β₁, β₂, and --width 16, --steps 6000 for a CPU, are ours.
 Measured: `python ebgan.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 5 min, energies 5.1 and 9.3."""
 import re
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from inspect import getsource, signature
 from pathlib import Path
 from time import perf_counter
@@ -75,6 +75,7 @@ def pulling_away(S):
 
 
 # ---- Equations (1) and (2) ---------------------------------------------------------------------------------------
+@checked
 def train(
     # §4.1: Adam, step size 0.001, margin 10; 0.1 in §2.4 or appendix F. The others are ours
     margin=10.0,            # m         generated images above this energy cost D nothing; larger images need more
@@ -103,7 +104,7 @@ def train(
 ):
     """(1) and (2).  Returns G, D.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
     device, channels, dataset = find_device(device), channels_of(dataset, channels), str(dataset)
-    config = checked(train, locals())
+    config = Namespace(**locals())
     torch.manual_seed(seed)
     fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
     G = Generator(nz, channels, size, width).to(device, memory_format=torch.channels_last)
@@ -137,7 +138,7 @@ def train(
 
 
 # ---- The run: the same in every script; nothing below is in the paper --------------------------------------------
-SCRIPT = Path(__file__).stem
+SCRIPT = Path(globals().get("__file__", "notebook")).stem
 MAY_CHANGE = {"steps", "save_every", "keep", "record", "device", "root", "out"}     # when a run goes on
 
 
@@ -156,7 +157,9 @@ class Run:
             with fitting(self.out, SCRIPT):
                 compare(saved, self.settings, self.out)
                 for name, part in parts.items():
-                    part.load_state_dict(part.state_dict() | saved[name])
+                    if name.startswith("opt"):              # lr, fused, capturable are those of this run
+                        saved[name]["param_groups"] = part.state_dict()["param_groups"]
+                    part.load_state_dict(saved[name])
                 self.step, self.time, self.rows, states = saved["run"]
                 for each, state in zip(self.random, states):
                     each.set_rng_state(state)
@@ -212,8 +215,6 @@ class Run:
         save_images(G(self.fixed_z), self.out / f"{self.step:06d}.png")
         G.train()
         saved = {name: part.state_dict() for name, part in self.parts.items()}
-        for state in saved.values():
-            state.pop("param_groups", None)                 # lr, fused, capturable: train gives them to every run
         states = [each.get_rng_state() for each in self.random]
         saved |= dict(settings=self.settings, run=(self.step, self.time, self.rows, states))
         for name in (f"{self.step:06d}.pt", "checkpoint.pt"):

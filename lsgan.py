@@ -21,7 +21,7 @@ Differs from the paper, or from its authors' code:
 - lr and β₁ are the paper's, lr for 28x28 characters (112x112 scenes: 1e-3); β₂ = 0.999 is Adam's default.
 Measured: `python lsgan.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 4.5 min, L_D 0.13, L_G 0.32."""
 import re
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from inspect import getsource, signature
 from pathlib import Path
 from time import perf_counter
@@ -66,6 +66,7 @@ def init(layer):                # as DCGAN does: weights N(0, 0.02), those of ba
 
 
 # ---- Equation (2) ------------------------------------------------------------------------------------------------
+@checked
 def train(
     # (9): a = 0, b = 1, c = 1;  (8), for the Pearson χ² divergence: a = -1, b = 1, c = 0
     a=0.0,                  # a         label of generated images for D
@@ -95,7 +96,7 @@ def train(
 ):
     """(2).  Returns G, D.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
     device, channels, dataset = find_device(device), channels_of(dataset, channels), str(dataset)
-    config = checked(train, locals())
+    config = Namespace(**locals())
     torch.manual_seed(seed)
     fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
     G = Generator(nz, channels, size, width).to(device, memory_format=torch.channels_last)
@@ -127,7 +128,7 @@ def train(
 
 
 # ---- The run: the same in every script; nothing below is in the paper --------------------------------------------
-SCRIPT = Path(__file__).stem
+SCRIPT = Path(globals().get("__file__", "notebook")).stem
 MAY_CHANGE = {"steps", "save_every", "keep", "record", "device", "root", "out"}     # when a run goes on
 
 
@@ -146,7 +147,9 @@ class Run:
             with fitting(self.out, SCRIPT):
                 compare(saved, self.settings, self.out)
                 for name, part in parts.items():
-                    part.load_state_dict(part.state_dict() | saved[name])
+                    if name.startswith("opt"):              # lr, fused, capturable are those of this run
+                        saved[name]["param_groups"] = part.state_dict()["param_groups"]
+                    part.load_state_dict(saved[name])
                 self.step, self.time, self.rows, states = saved["run"]
                 for each, state in zip(self.random, states):
                     each.set_rng_state(state)
@@ -202,8 +205,6 @@ class Run:
         save_images(G(self.fixed_z), self.out / f"{self.step:06d}.png")
         G.train()
         saved = {name: part.state_dict() for name, part in self.parts.items()}
-        for state in saved.values():
-            state.pop("param_groups", None)                 # lr, fused, capturable: train gives them to every run
         states = [each.get_rng_state() for each in self.random]
         saved |= dict(settings=self.settings, run=(self.step, self.time, self.rows, states))
         for name in (f"{self.step:06d}.pt", "checkpoint.pt"):

@@ -20,7 +20,7 @@ import copy
 import math
 import os
 import re
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from datetime import timedelta
 from inspect import getsource, signature
 from pathlib import Path
@@ -168,6 +168,7 @@ def average_gradients(weights):
 
 
 # ---- Training (A.1) ----------------------------------------------------------------------------------------------
+@checked
 def train(
     # A.1: Adam with α = 0.001, β₁ = 0, β₂ = 0.99, ε = 10⁻⁸; 800 thousand images per phase; average of G: 0.999
     lr=1e-3,                  # α         Adam: step size
@@ -201,7 +202,7 @@ def train(
     device, channels, dataset = find_device(device), channels_of(dataset, channels), str(dataset)
     if size is None:
         size = 32 if dataset in DATASETS else 1024
-    config = checked(train, locals())
+    config = Namespace(**locals())
     if min(kimg, gamma) <= 0:
         raise ValueError(f"kimg and gamma must be above 0, not {kimg} and {gamma}")
     torch.manual_seed(seed)
@@ -224,10 +225,10 @@ def train(
     if rank == 0:
         everyones(None)
     run = Run(config, fixed_z, next(P_r[size])[:64], G=G, D=D, G_ema=G_ema, opt_G=opt_G, opt_D=opt_D)
-    if steps is None:
+    if steps is None:                                               # as many as schedule needs, from here on
         config.steps, shown = run.step, run.shown
         for k, r in enumerate(phases):
-            count = max(0, math.ceil((round(1000 * kimg) * (k + 1) - shown) / (world * m[r])))
+            count = max(0, math.ceil((max(1, round(1000 * kimg)) * (k + 1) - shown) / (world * m[r])))
             config.steps, shown = config.steps + count, shown + count * world * m[r]
     G.grown = G_ema.grown = schedule(run.shown, size, kimg)
 
@@ -257,7 +258,6 @@ def train(
         opt_G.step()                                                # A.1     θ ← Adam(∇_θ 1/m Σ −D(G(z)), θ, ...)
         for average, now in zip(G_ema.parameters(), theta):
             average.lerp_(now.detach(), 1 - ema)                    # A.1     θ_ema ← 0.999 θ_ema + 0.001 θ
-
         run.shown += world * len(x)
         then = G.grown = G_ema.grown = schedule(run.shown, size, kimg)
         if (then[0], then[1] < 1) != (resolution, alpha < 1):       # code    a phase ends: Adam is reset
@@ -269,7 +269,7 @@ def train(
 
 
 # ---- The run: as in every script, but for growth and several processes; nothing below is in the paper ------------
-SCRIPT = Path(__file__).stem
+SCRIPT = Path(globals().get("__file__", "notebook")).stem
 MAY_CHANGE = {"steps", "save_every", "keep", "device", "root", "out"}       # when a run goes on
 
 
@@ -290,7 +290,9 @@ class Run:
             with fitting(self.out, SCRIPT):
                 compare(saved, self.settings, self.out)
                 for name, part in parts.items():
-                    part.load_state_dict(part.state_dict() | saved[name])
+                    if name.startswith("opt"):              # lr, fused, capturable are those of this run
+                        saved[name]["param_groups"] = part.state_dict()["param_groups"]
+                    part.load_state_dict(saved[name])
                 self.step, self.time, self.rows, states, self.shown = saved["run"]
                 for each, state in zip(self.random, (states + [[]] * self.world)[self.rank]):
                     each.set_rng_state(state)
@@ -341,8 +343,6 @@ class Run:
         x = [G(z) for z in self.fixed_z[:side ** 2].split(8)]
         save_images(torch.cat(x), self.out / f"{self.step:06d}.png")
         saved = {name: part.state_dict() for name, part in self.parts.items()}
-        for state in saved.values():
-            state.pop("param_groups", None)                 # lr and the like: train gives them to every run
         saved |= dict(settings=self.settings, run=(self.step, self.time, self.rows, states, self.shown))
         for name in (f"{self.step:06d}.pt", "checkpoint.pt"):
             if self.config.keep or name == "checkpoint.pt":

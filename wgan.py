@@ -21,7 +21,7 @@ Differs from the paper, or from its authors' code:
 - Not here, though in their code: 100 critic updates in each of steps 1 to 25, 501, 1001, ...
 Measured: `python wgan.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 10 min, estimate 0.088 to 0.0041."""
 import re
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from inspect import getsource, signature
 from pathlib import Path
 from time import perf_counter
@@ -66,6 +66,7 @@ def init(layer):                # as DCGAN does: weights N(0, 0.02), those of ba
 
 
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------------
+@checked
 def train(
     # Algorithm 1: "The default values α = 0.00005, c = 0.01, m = 64, n_critic = 5"
     lr=5e-5,                # α         RMSProp: step size
@@ -92,7 +93,7 @@ def train(
 ):
     """Algorithm 1.  Returns G, D.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
     device, channels, dataset = find_device(device), channels_of(dataset, channels), str(dataset)
-    config = checked(train, locals())
+    config = Namespace(**locals())
     torch.manual_seed(seed)
     fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
     G = Generator(nz, channels, size, width).to(device, memory_format=torch.channels_last)
@@ -131,7 +132,7 @@ def train(
 
 
 # ---- The run: the same in every script; nothing below is in the paper --------------------------------------------
-SCRIPT = Path(__file__).stem
+SCRIPT = Path(globals().get("__file__", "notebook")).stem
 MAY_CHANGE = {"steps", "save_every", "keep", "record", "device", "root", "out"}     # when a run goes on
 
 
@@ -150,7 +151,9 @@ class Run:
             with fitting(self.out, SCRIPT):
                 compare(saved, self.settings, self.out)
                 for name, part in parts.items():
-                    part.load_state_dict(part.state_dict() | saved[name])
+                    if name.startswith("opt"):              # lr, fused, capturable are those of this run
+                        saved[name]["param_groups"] = part.state_dict()["param_groups"]
+                    part.load_state_dict(saved[name])
                 self.step, self.time, self.rows, states = saved["run"]
                 for each, state in zip(self.random, states):
                     each.set_rng_state(state)
@@ -206,8 +209,6 @@ class Run:
         save_images(G(self.fixed_z), self.out / f"{self.step:06d}.png")
         G.train()
         saved = {name: part.state_dict() for name, part in self.parts.items()}
-        for state in saved.values():
-            state.pop("param_groups", None)                 # lr, fused, capturable: train gives them to every run
         states = [each.get_rng_state() for each in self.random]
         saved |= dict(settings=self.settings, run=(self.step, self.time, self.rows, states))
         for name in (f"{self.step:06d}.pt", "checkpoint.pt"):

@@ -263,8 +263,8 @@ def test_metadata_costs_no_picture_and_turns_it_by_its_orientation_alone(tmp_pat
     texts = [chunk(b"iCCP", b"profile\0\7junk"), chunk(b"tEXt", b"key\0text", checksum=1),
              chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(2**21))), chunk(b"iTXt", b"key\0\1\0\0\0\xff")]
     files = {f"{i}.png": png[:after] + text + png[after:] for i, text in enumerate(texts)}
-    segments = [(0xE2, b"ICC_PROFILE\0"), (0xE2, b"MPF\0MM"), (0xED, b"Photoshop 3.0\x008BIM\4\4"), (0xEE, b"Adobe"),
-                (0xFE, b"comment"), (0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff")]
+    segments = [(0xE2, b"ICC_PROFILE\0"), (0xE2, b"MPF\0MM"), (0xED, b"Photoshop 3.0\x008BIM\4\4"),
+                (0xEE, b"Adobe"), (0xFE, b"comment"), (0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff")]
     for i, (marker, content) in enumerate(segments):
         segment = bytes([255, marker]) + struct.pack(">H", len(content) + 2) + content
         files[f"{i}.jpg"] = jpeg[:2] + segment + jpeg[2:]
@@ -297,8 +297,8 @@ def test_two_that_write_one_file_and_leftovers_of_a_killed_one(tmp_path):
 def test_two_that_decode_one_folder_at_a_time(photos, tmp_path):
     alone = load_images(photos, size=16)
     with ThreadPoolExecutor(4) as pool:
-        for images in pool.map(lambda _: load_images(photos, size=16, root=tmp_path / "root", mapped=True), range(8)):
-            assert torch.equal(images, alone)
+        several = [pool.submit(load_images, photos, size=16, root=tmp_path / "root", mapped=True) for _ in range(8)]
+        assert all(torch.equal(each.result(), alone) for each in several)
     made = [(file.name, file.stat().st_mtime_ns) for file in (tmp_path / "root" / "cache").iterdir()]
     load_images(os.path.relpath(photos), size=16, root=tmp_path / "root", mapped=True)      # is the same folder
     assert [(file.name, file.stat().st_mtime_ns) for file in (tmp_path / "root" / "cache").iterdir()] == made
@@ -332,12 +332,12 @@ def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch):
 
 
 def test_numbers_are_checked_and_become_pythons_own():
+    @checked
     def train(lr=0.1, steps=1, digit: int = None, dataset="mnist"):
-        return checked(train, locals())
-    settings = train(np.float64(1), np.int64(3), None, "x")
-    assert (settings.lr, settings.steps, settings.digit, settings.dataset) == (1.0, 3, None, "x")
-    assert type(settings.lr) is float and type(settings.steps) is int
-    assert train(lr=2).lr == 2.0 and train(digit=0).digit == 0
+        return lr, steps, digit, dataset
+    assert train() == (0.1, 1, None, "mnist")
+    for settings in (train(np.float64(2), np.int64(3), None, "x"), train(2, steps=3, dataset="x")):
+        assert settings == (2.0, 3, None, "x") and [type(it) for it in settings[:2]] == [float, int]
     for name, values in dict(lr=["1", None, float("nan"), float("inf"), [1]], steps=["3", None, 2.5, 0, -1, 10**30],
                              digit=["7", 7.0]).items():
         for value in values:
@@ -473,8 +473,8 @@ def test_a_data_set_is_one_however_it_is_spelt():
 
 
 def test_a_run_folder_belongs_to_one_process_until_it_ends():
-    code = (f"import sys; sys.path.insert(0, {str(common.ROOT.parent)!r}); import common; from pathlib import Path; "
-            "lock = common.claim(Path('run')); print('has it', flush=True); input()")
+    code = (f"import sys; sys.path.insert(0, {str(common.ROOT.parent)!r}); import common, pathlib; "
+            "lock = common.claim(pathlib.Path('run')); print('has it', flush=True); input()")
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"has it\n"
         with pytest.raises(ValueError, match="another run is writing to run"):

@@ -1,8 +1,10 @@
 """What surrounds the algorithms: files, continuing, Ctrl-C, errors, generating. The run block is the same to the
 letter in the four small scripts, so it is tested on wgan_gp.py, and on progan.py, which has its own"""
 import csv
+import errno
 import importlib
 import inspect
+import io
 import os
 import pickle
 import random
@@ -19,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 from truth import assert_same, training
 
 TOP = Path(__file__).resolve().parent.parent
@@ -217,7 +220,7 @@ def test_a_checkpoint_half_written_leaves_the_old_one(script, monkeypatch):
     assert Path("run/checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(script, capsys, monkeypatch, number):
     log = script.Run.log
 
@@ -251,18 +254,133 @@ def test_continuing_with_another_setting_is_refused_and_nothing_overwritten(scri
 
 
 def test_place_root_and_save_every_may_change_and_signal_handlers_are_put_back(script):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)            # as nohup does: it stays so
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     main(script, "--steps 2 --out here")
     shutil.move("here", "there")
     main(script, f"--steps 4 --out there --save-every 1 --keep --root {TOP / 'data'}")
     assert script.read("there")["run"][0] == 4
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    with common.stop_signals():
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and signal.getsignal(signal.SIGINT) != before[0]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_how_a_step_is_made_is_this_runs_not_the_checkpoints(script):
     main(script, "--steps 2 --out run")
-    saved = script.read("run")
-    assert saved["opt_G"].keys() == saved["opt_D"].keys() == {"state"}      # no lr, no capturable
+    groups, checkpoint = script.read("run")["opt_D"]["param_groups"], script.read("run")
+    for name in ("opt_G", "opt_D"):                         # as saved by a recorded run on CUDA
+        checkpoint[name]["param_groups"][0].update(capturable=True)
+    torch.save({script.__name__: checkpoint}, "run/checkpoint.pt")
+    main(script, "--steps 3 --out run")
+    assert_same(script.read("run")["opt_D"]["param_groups"], groups)
+
+
+def own_images(folder, n, script):
+    """n small photographs in a folder, and the settings of a tiny run on them"""
+    Path(folder).mkdir(exist_ok=True)
+    for i in range(n):
+        Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(Path(folder, f"{i}.png"))
+    return tiny(script) | dict(digit=None)
+
+
+def test_what_may_change_is_said_and_a_moved_folder_is_the_same(script, capsys):
+    settings = own_images("mine", 4, script)
+    script.train(**settings, dataset="mine", steps=2)
+    Path("elsewhere").mkdir()
+    for name in ("runs", "mine"):
+        shutil.move(name, "elsewhere")
+    os.chdir("elsewhere")
+    capsys.readouterr()
+    script.train(**settings, dataset=os.path.abspath("mine"), steps=3)
+    assert " -> " not in capsys.readouterr().out
+    own_images("mine", 5, script)
+    script.train(**settings | dict(batch_size=3), dataset="./mine/", steps=4)
+    out = capsys.readouterr().out
+    assert "batch_size 8 -> 3 from step 4 on" in out and "images 4 -> 5 from step 4 on" in out
+    assert [row["step"] for row in rows(f"runs/{script.__name__}-mine")] == ["2", "3", "4"]
+
+
+def test_pictures_of_a_run_that_was_killed_early_are_no_images(script, capsys, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+    settings = own_images(".", 3, script)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", killed)
+        script.train(**settings, dataset=".", steps=1)
+    capsys.readouterr()
+    script.train(**settings, dataset=".", steps=1)
+    assert "3 images from .; left out: 1 run folders\n" in capsys.readouterr().out
+
+
+def test_a_run_folder_that_is_in_use_is_refused(script, capsys, monkeypatch):
+    def taken(*_):
+        raise BlockingIOError(errno.EAGAIN, "")
+    main(script, "--steps 1 --out run")
+    before = content("run")
+    monkeypatch.setattr(common.fcntl, "lockf", taken)
+    main(script, "--steps 2 --out run", status=2)
+    assert "another run is writing to run" in capsys.readouterr().err and content("run") == before
+
+
+def test_numbers_of_any_kind_and_a_checkpoint_that_can_be_read(each):
+    kinds = {name: type(parameter.default) for name, parameter in inspect.signature(each.train).parameters.items()}
+    settings = {name: np.int64(value) for name, value in tiny(each).items() if kinds[name] is int}
+    settings |= {name: int(name not in ("beta1", "beta2")) for name, kind in kinds.items() if kind is float}
+    each.train(**tiny(each) | settings, steps=np.int64(1), out="whole")     # whole numbers where floats are meant
+    each.train(**tiny(each) | dict(lr=np.float64(1e-3)), steps=1, out="numpy")
+    assert each.load("numpy") and each.read("whole")["settings"]["lr"] == 1
+    with pytest.raises(ValueError, match="lr must be a number"):
+        each.train(**tiny(each) | dict(lr="0.1"))
+
+
+def test_too_little_memory_is_one_sentence(script, capsys):
+    main(script, "--steps 1 --out run --batch-size 1000000000000000", status=2)
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "out of memory, size 16, batch_size 1000000000000000" in err
+
+
+def test_a_reader_of_the_output_that_goes_away(script):
+    words = [sys.executable, script.__file__, *flags(tiny(script)), "--steps", "100000", "--save-every", "1"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not process.stdout.readline().startswith("step 1/"):
+            pass
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 141 and len(err.splitlines()) == 1 and "nothing reads its output" in err
+    out = f"runs/{script.__name__}-mnist-7"
+    assert_goes_on(script, out, script.read(out)["run"][0])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_a_terminal_cannot_show_is_replaced(each, monkeypatch, encoding):
+    own_images("фото", 2, each)
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as end:
+            each.main(["--help"])
+        settings = {name: it for name, it in tiny(each).items() if name != "digit"}
+        each.main(flags(settings | dict(dataset="фото", steps=1)))
+        stdout.flush()
+    shown = stdout.buffer.getvalue().decode(encoding)
+    assert end.value.code == 0 and f"run folder: runs/{each.__name__}-????" in shown
+
+
+def test_in_a_notebook_and_in_a_package(each):
+    source = Path(each.__file__).read_text(encoding="utf-8")
+    cell = dict(__name__="cell")
+    exec(source, cell)                                      # has no __file__
+    cell["train"](**tiny(each), steps=1)
+    assert cell["load"]("runs/notebook-mnist-7")
+    Path("gans").mkdir()
+    Path("gans/it.py").write_text(source.replace("\nfrom common import", "\nfrom .common import"), encoding="utf-8")
+    shutil.copy(common.__file__, "gans")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path.cwd())
+        assert importlib.import_module("gans.it").Generator
+        for name in ("gans", "gans.it", "gans.common"):
+            sys.modules.pop(name)
 
 
 # ---- Generate and load ----
@@ -285,7 +403,7 @@ def test_a_generated_image_is_the_loaded_generators(each, capsys):
     first = [p.read_bytes() for p in sorted(folder.iterdir())]
     main(each, "--generate 0 --out run", status=2)
     shutil.rmtree(folder)
-    for n in 5, 62:                                         # image i does not depend on how many there are at a time
+    for n in 5, 62:                                         # image i does not depend on how many come at a time
         assert each.generate("run", n, "cpu", 5) == folder
     assert [p.read_bytes() for p in sorted(folder.iterdir())] == first
     (folder / "000001.png").unlink()                        # counted on from the last, and nothing is touched
@@ -358,6 +476,29 @@ def test_a_bad_checkpoint_is_refused_not_run_and_not_overwritten(script, capsys,
         main(script, args, status=2)
         assert "checkpoint.pt is missing, damaged or not of" in capsys.readouterr().err
     assert content("run") == before and not Path("trapped").exists()
+
+
+@pytest.mark.parametrize("where, value", [
+    ("settings", None), ("settings", 3), ("settings nz", None), ("settings nz", "8"), ("run", None), ("run", 5),
+    ("run", (1, 2.0)), ("run", (1, 2.0, [], [torch.zeros(3)], 8)), ("D", None), ("D", 3), ("opt_D", None),
+    ("opt_G", {"state": 3}), ("G", {}), ("G", {"0.weight": torch.zeros(3)})])
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(script, capsys, where, value):
+    main(script, "--steps 1 --out run")
+    checkpoint = script.read("run")
+    for name in ["G", "G_ema"] if where == "G" and "G_ema" in checkpoint else [where]:
+        *path, last = name.split()
+        place = checkpoint[path[0]] if path else checkpoint
+        place[last] = value
+        if value is None:
+            del place[last]
+    torch.save({script.__name__: checkpoint}, "run/checkpoint.pt")
+    before = content("run")
+    for args in ("--steps 4", "--generate 2")[:1 if where in ("run", "D", "opt_D", "opt_G") else 2]:
+        capsys.readouterr()
+        main(script, f"{args} --out run", status=2)
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and ("damaged" in err or "nz 8, not 8" in err)
+        assert content("run") == before and not Path("run/generated").exists()
 
 
 @pytest.mark.parametrize("broken", ["loss", "weights"])
@@ -467,7 +608,6 @@ def test_a_checkpoint_moves_between_cpu_and_cuda(script):
 @pytest.mark.cuda
 @pytest.mark.parametrize("script", SCRIPTS, indirect=True)
 def test_images_that_do_not_fit_are_copied_batch_by_batch(script, monkeypatch, capsys):
-    import common
     main(script, "--steps 3 --out resident --device cuda")
     free = common.free_memory
     monkeypatch.setattr(common, "free_memory", lambda device="cpu": free() if device == "cpu" else 1000)
