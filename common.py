@@ -116,7 +116,7 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, 
         return images
     folder = Path(os.path.expanduser(dataset))
     if not folder.is_dir():
-        what = "is a file: unpack it and give the folder" if folder.is_file() else "is no folder"
+        what = "is a file: unpack it and give the folder" if folder.is_file() else "does not exist"
         raise ValueError(f"--dataset {dataset} {what}; known data sets are {', '.join(DATASETS)}, and any folder")
     if digit is not None:
         raise ValueError(f"--digit {digit} needs a data set with classes ({', '.join(DATASETS)}), and a folder has "

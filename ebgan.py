@@ -8,7 +8,8 @@ every pixel, not from one label. The pulling-away term keeps a batch's codes fro
     energy(x) = ‖Dec(Enc(x)) - x‖ (13) is the paper's D(x); here D(x) is Dec(Enc(x)). `--pt 0`: EBGAN, else EBGAN-PT
 
 Differs from the paper (authors' code: none found; appendix: from others; equation numbers: an earlier version's):
-- D, at --width 64: 64-128-256, as for the paper's 64x64 images; G, batch norm, LeakyReLU, N(0, 0.02): DCGAN's.
+- No experiment of the paper has these together: lr 0.001 and margin 10 are those of its fully connected networks on
+  MNIST (§4.1), D's layers at --width 64, 64-128-256, those for 64x64 images; G, N(0, 0.02), LeakyReLU: WGAN's code.
 - One z for both losses, D's update first. Batch size, β₁, β₂, and --width 16, --steps 6000 for a CPU, are ours.
 Measured: `python ebgan.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 5 min, energies 5.1 and 9.3."""
 import re
@@ -23,7 +24,7 @@ from common import (batches, channels_of, checked, claim, compare, find_device, 
                     load_images, name_of, next_image, replacing, run_folder, save_animation, save_curve, save_each,
                     save_images, stop_signals)
 
-# ---- Networks: 4x4 kernels, as in DCGAN; from 4x4 pixels on every layer doubles or halves the image --------------
+# ---- Networks: 4x4 kernels, as in WGAN's code; from 4x4 pixels on every layer doubles or halves the image --------
 class Generator(nn.Sequential):
     """G(z): latents -> images in [-1, 1].  (m, nz) -> (m, channels, size, size).  ValueError for another size"""
     def __init__(self, nz=100, channels=1, size=32, width=16):
@@ -86,7 +87,7 @@ def train(
     batch_size=64,          #           images per batch
     # The networks
     nz=100,                 # z         dimensions of the latent variable
-    width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: the papers' DCGAN
+    width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: as in WGAN's code
     # The images
     dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,      #           only this class, 0 to 9

@@ -13,10 +13,11 @@ The Loss-Sensitive GAN (Qi, 1701.06264) is another: its D is a loss, to be lower
 Δ(x, G(z)), so it asks less separation of a realistic G(z) and more of a blurred one. Here the labels are fixed.
 
 Differs from the paper, or from its authors' code:
-- Networks: DCGAN's, from the first WGAN's code, N(0, 0.02), on 32x32 pixels. The authors' differ from data set to
-  data set; for characters of 28x28: 5x5 kernels, a fully connected layer in D, a sigmoid in G, labels in both.
+- Networks: those of the first WGAN's code, N(0, 0.02), on 32x32 pixels. The authors' differ from data set to data
+  set; for characters of 28x28: 5x5 kernels, a fully connected layer in D, a sigmoid in G, labels in both.
 - --width 16, --steps 9000, for two CPU cores and minutes; the authors' characters: up to 1,000,000 steps.
-- z: 100 dimensions, N(0, 1), as in DCGAN; in the authors' code 1,024, uniform on [-1, 1].
+- z: 100 dimensions, N(0, 1), as in WGAN's code; in the authors' code 1,024, uniform on [-1, 1].
+- Batches are drawn with replacement, not by epochs.
 - The mean over the batch, as in (2); the authors' code has the sum, which Adam hides but for its ε.
 - lr and β₁ are the paper's, lr for 28x28 characters (112x112 scenes: 1e-3); β₂ = 0.999 is Adam's default.
 Measured: `python lsgan.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 4.5 min, L_D 0.13, L_G 0.32."""
@@ -32,7 +33,7 @@ from common import (batches, channels_of, checked, claim, compare, find_device, 
                     load_images, name_of, next_image, replacing, run_folder, save_animation, save_curve, save_each,
                     save_images, stop_signals)
 
-# ---- Networks: 4x4 kernels, as in DCGAN; from 4x4 pixels on every layer doubles or halves the image --------------
+# ---- Networks: 4x4 kernels, as in WGAN's code; from 4x4 pixels on every layer doubles or halves the image --------
 class Generator(nn.Sequential):
     """G(z): latents -> images in [-1, 1].  (m, nz) -> (m, channels, size, size).  ValueError for another size"""
     def __init__(self, nz=100, channels=1, size=32, width=16):
@@ -78,7 +79,7 @@ def train(
     batch_size=64,          #           images per batch
     # The networks
     nz=100,                 # z         dimensions of the latent variable
-    width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: the papers' DCGAN
+    width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: as in WGAN's code
     # The images
     dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,      #           only this class, 0 to 9

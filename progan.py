@@ -12,7 +12,7 @@ Differs from the paper, or from its authors' code:
 - Weights are multiplied by He's constant (§4.1 divides by it); gain 1 in toRGB and in D's last layer: their code.
 - Pixel norm after every 3x3 convolution (A.1) and on the latents; in their code after the first, 4x4, too.
 - Minibatch standard deviation over the whole minibatch (§3), of each process; in their later code over groups of 4.
-- Not here: labels, mirrored images, a lower learning rate for the first 40 thousand images, more steps at the end.
+- Not here: labels, mirrored images, epochs, a lower lr for the first 40 thousand images, more steps at the end.
 The defaults are the paper's, meant for GPUs. Measured with a line for a small machine, 2 EPYC cores, torch 2.15,
 `python progan.py --dataset mnist --digit 7 --size 32 --fmap-max 32 --kimg 20 --ema 0.995`: 11 min, estimate 0.69"""
 import atexit

@@ -1,10 +1,10 @@
 """WGAN, "Wasserstein GAN", https://arxiv.org/abs/1701.07875 (2017)
 Martin Arjovsky, Soumith Chintala, Léon Bottou
 
-A classifier that tells real from generated images without a mistake has nothing left to teach the generator G. The
-critic D (f_w in the paper) gives every image a score instead. As long as D is K-Lipschitz, its mean score on real
-images minus that on generated ones is at most K times the Wasserstein distance of the two, a continuous measure of
-G: D raises that difference, G (g_θ) lowers it. To keep D Lipschitz, its weights are clipped to [-c, c].
+A classifier D that never errs leaves the generator G no gradient of log(1 - D), the first GAN's loss. The critic D
+(f_w in the paper) gives every image a score instead. As long as D is K-Lipschitz, its mean score on real images
+minus that on generated ones is at most K times the Wasserstein distance of the two, a continuous measure of G: D
+raises that difference, G (g_θ) lowers it. To keep D Lipschitz, its weights are clipped to [-c, c].
 
     max_w E[D(x)] - E[D(G(z))]      (3)
 
@@ -15,7 +15,9 @@ Differs from the paper, or from its authors' code:
 - Line 2 prints t = 0, ..., n_critic, one pass too many: the text and the authors' code make n_critic, as done here.
 - The clip follows the update, as line 7 has it; in the authors' code it comes before. As there, it reaches batch
   norm's weights and biases too: the weights drop from about 1 to c at once.
-- D has batch norm, as the authors' has: a score depends on the whole batch, so D is not strictly Lipschitz.
+- D has batch norm, as the authors' has: a score depends on the whole batch, so D is no function of one image.
+  Behind clipped weights variances are below batch norm's ε, 1e-5: the estimate's scale depends on that ε, too.
+- Batches are drawn with replacement, pictures use running statistics; the authors: by epochs, the batch's own.
 - RMSProp: decay 0.99 and ε = 1e-8, torch's defaults; the paper names none.
 - --width 16, 32x32, --steps 6000, for two CPU cores and minutes; the authors': 64, 64x64, 600,000 steps (figure 3).
 - Not here, though in their code: 100 critic updates in each of steps 1 to 25, 501, 1001, ...
@@ -32,7 +34,7 @@ from common import (batches, channels_of, checked, claim, compare, find_device, 
                     load_images, name_of, next_image, replacing, run_folder, save_animation, save_curve, save_each,
                     save_images, stop_signals)
 
-# ---- Networks: 4x4 kernels, as in DCGAN; from 4x4 pixels on every layer doubles or halves the image --------------
+# ---- Networks: 4x4 kernels, as in WGAN's code; from 4x4 pixels on every layer doubles or halves the image --------
 class Generator(nn.Sequential):
     """G(z): latents -> images in [-1, 1].  (m, nz) -> (m, channels, size, size).  ValueError for another size"""
     def __init__(self, nz=100, channels=1, size=32, width=16):
@@ -68,14 +70,14 @@ def init(layer):                # as DCGAN does: weights N(0, 0.02), those of ba
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------------
 @checked
 def train(
-    # Algorithm 1: "The default values α = 0.00005, c = 0.01, m = 64, n_critic = 5"
+    # Algorithm 1: "the default values α = 0.00005, c = 0.01, m = 64, n_critic = 5"
     lr=5e-5,                # α         RMSProp: step size
     c=0.01,                 # c         the weights of the critic are clipped to [-c, c]
     n_critic=5,             # n_critic  critic updates per generator update
     batch_size=64,          # m         images per batch
     # The networks
     nz=100,                 # z         dimensions of the latent variable
-    width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: the papers' DCGAN
+    width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: as in WGAN's code
     # The images
     dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,      #           only this class, 0 to 9

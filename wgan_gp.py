@@ -9,11 +9,12 @@ generated images, is not 1.
     L = E[D(x_tilde)] - E[D(x)] + λ E[(‖∇_x_hat D(x_hat)‖₂ - 1)²]      (3)
 
 Differs from the paper, or from its authors' code:
-- Networks: the DCGAN of the first WGAN's code, the critic without batch norm and with biases, on 32x32 pixels in
+- Networks: those of the first WGAN's code, the critic without batch norm and with biases, on 32x32 pixels in
   [-1, 1]. The authors' differ from script to script; for MNIST 5x5 kernels, 28x28 pixels in [0, 1].
-- --width 16, --steps 4000, for two CPU cores and minutes. The DCGAN has width 64; the authors took 200,000 steps.
-- Initialisation: torch's default; the authors' is uniform He/Glorot, DCGAN's N(0, 0.02).
-- z has 100 dimensions, as in DCGAN (the authors: 128), and m = 64 is as in most of their scripts (MNIST: 50).
+- --width 16, --steps 4000, for two CPU cores and minutes. WGAN's have width 64; the authors took 200,000 steps.
+- Initialisation: torch's default; the authors' is uniform He/Glorot, WGAN's N(0, 0.02).
+- z has 100 dimensions, as in WGAN's code (the authors: 128), and m = 64 is as in most of their scripts (MNIST: 50).
+- Batches are drawn with replacement; the authors go through the images by epochs.
 - β₁ = 0, as Algorithm 1 says; 0.5 in appendix E and in most of the authors' scripts.
 Measured: `python wgan_gp.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.14: 10 min, estimate 31 to 0.47."""
 import re
@@ -28,7 +29,7 @@ from common import (batches, channels_of, checked, claim, compare, find_device, 
                     load_images, name_of, next_image, replacing, run_folder, save_animation, save_curve, save_each,
                     save_images, stop_signals)
 
-# ---- Networks: 4x4 kernels, as in DCGAN; from 4x4 pixels on every layer doubles or halves the image --------------
+# ---- Networks: 4x4 kernels, as in WGAN's code; from 4x4 pixels on every layer doubles or halves the image --------
 class Generator(nn.Sequential):
     """G(z): latents -> images in [-1, 1].  (m, nz) -> (m, channels, size, size).  ValueError for another size"""
     def __init__(self, nz=100, channels=1, size=32, width=16):
@@ -76,7 +77,7 @@ def train(
     batch_size=64,          # m         images per batch
     # The networks
     nz=100,                 # z         dimensions of the latent variable
-    width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: the papers' DCGAN
+    width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: as in WGAN's code
     # The images
     dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,      #           only this class, 0 to 9

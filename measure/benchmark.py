@@ -98,8 +98,8 @@ def usual(rounds=5):
 def usual_step(name, networks=None, resize=transforms.Pad(2)):
     """Does a step of a script at a time, with its networks (or others) and numbers, as they are commonly written: a
     DataLoader that transforms image by image, torch's default optimizers (not fused) and memory format, gradients
-    for both networks at every backward; with a gradient penalty also the graph of the generated images in D's step;
-    in EBGAN the generated images encoded twice"""
+    for D's weights, too, in G's steps; with a gradient penalty G's also in D's, where generated images are not
+    detached; in EBGAN the generated images encoded twice"""
     script, m = importlib.import_module(name), 16 if name == "progan" else 64
     steps_per_image = [resize, transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
     mnist = datasets.MNIST(common.ROOT, download=True, transform=transforms.Compose(steps_per_image))
@@ -313,7 +313,7 @@ def operations(size):
 
     def phases(run):
         for phase in range(2 * size.bit_length() - 5):
-            run.images, counter = phase * length + length // 2, Flops()
+            run.shown, counter = phase * length + length // 2, Flops()
             with counter:
                 yield phase
             counts.append(counter.count / 2)
@@ -407,6 +407,7 @@ if __name__ == "__main__":
             subprocess.run([sys.executable, __file__, name], check=True)
         sys.exit()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA"
-    print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-          f"Python {platform.python_version()}, torch {torch.__version__}, {gpu}", flush=True)
-    modes[names[0]]()
+    with common.in_one_sentence("benchmark"):
+        print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+              f"Python {platform.python_version()}, torch {torch.__version__}, {gpu}", flush=True)
+        modes[names[0]]()

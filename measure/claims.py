@@ -128,9 +128,9 @@ def train(name, seed):
         subprocess.run([sys.executable, script_of(name), "--root", PROJECT / "data", "--device", "cpu",
                         "--seed", str(seed), "--out", last.parent, "--steps", str(job.steps),
                         "--keep", "--save-every", str(job.every), *job.flags.split()],
-                       check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                       stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if not last.exists():
-            raise ValueError(f"{last.parent} is beyond step {job.steps}: remove it")
+            raise ValueError(f"{last} was not written: see above, or, if the run is beyond it, remove {last.parent}")
     print(f"{name} {seed}: {job.steps} steps are done", flush=True)
 
 
@@ -550,7 +550,5 @@ def main(words):
 
 
 if __name__ == "__main__":
-    try:
+    with common.in_one_sentence("claims"):
         main(sys.argv[1:])
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"claims.py: {error}")

@@ -230,21 +230,19 @@ def spread(values):
                       for each, digits in ((values.mean(), 3), (values.std(), 2)))
 
 
+@common.in_one_sentence("evaluate")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, kept checkpoint, or folder of images")
     parser.add_argument("--dataset", help="what to compare with: mnist, fashion-mnist, or a folder of photographs "
-                        "(default: what the run was trained with; for folders of images: mnist)")
+                        "(default: the run's, but folders must be named; for folders of images: mnist)")
     parser.add_argument("--digit", type=int, help="only this class (default: what the run was trained with)")
     parser.add_argument("--images", type=int, default=5000, help="of each run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the latents (default: %(default)s)")
     parser.add_argument("--root", help="where data sets and classifiers are kept (default: data/ of the project)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)                                    # equal figures, whatever the number of cores
-    try:
-        compare(args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    compare(args)
 
 
 def compare(args):

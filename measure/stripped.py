@@ -31,4 +31,5 @@ def difference(a, b):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")                # what a terminal cannot show
     print("\n".join(difference(*sys.argv[1:3])))

@@ -91,6 +91,7 @@ def side_of(folder):
     return next(filter(None, map(_side, _files(Path(folder))[0])), None)
 
 
+@in_one_sentence("swd")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs=2, metavar="FOLDER", help="of images")
@@ -100,12 +101,9 @@ def main(argv=None):
     parser.add_argument("--projections", type=int, default=512, help="directions (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of every random number (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        size = args.size or min(filter(None, map(side_of, args.folders)), default=64)
-        sets = [load_images(folder, size=size, channels=3) for folder in args.folders]
-        distances = swd(*sets, args.images, args.patches, args.projections, args.seed)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    size = args.size or min(filter(None, map(side_of, args.folders)), default=64)
+    sets = [load_images(folder, size=size, channels=3) for folder in args.folders]
+    distances = swd(*sets, args.images, args.patches, args.projections, args.seed)
     print(f"sliced Wasserstein distance x 1000, {min(args.images, *map(len, sets)):,} images of each folder "
           f"at {size}x{size}")
     for level, distance in distances.items():

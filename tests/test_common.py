@@ -351,8 +351,8 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(tmp_path):
     Path("one/b.png").write_bytes(b"no picture")
     Path("loop").symlink_to("loop")
     for words, call in {
-            "nowhere is no folder": dict(dataset="nowhere"), "is a file": dict(dataset="one/a.png"),
-            "loop is no folder": dict(dataset="loop"), "0 images from one/empty": dict(dataset="one/empty"),
+            "nowhere does not exist": dict(dataset="nowhere"), "is a file": dict(dataset="one/a.png"),
+            "loop does not exist": dict(dataset="loop"), "0 images from one/empty": dict(dataset="one/empty"),
             "1 images from one; left out: 1 unreadable": dict(dataset="one", size=4),
             "--digit 3 needs a data set with classes": dict(dataset="one", digit=3),
             "--digit must be one of the classes 0 to 9": dict(digit=11), "--channels must be 1": dict(channels=2),
