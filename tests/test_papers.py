@@ -9,6 +9,7 @@ from torch import nn
 
 import ebgan
 import lsgan
+import progan
 import wgan
 import wgan_gp
 from ebgan import energy, pulling_away
@@ -166,6 +167,16 @@ def test_gradient_norm_of_a_linear_and_of_a_quadratic_critic_and_where_it_is_zer
     norms = grad_norm(lambda x: (x * a).sum((1, 2, 3)), x)
     (norms - 1).square().mean().backward()
     assert torch.equal(norms, torch.zeros(5)) and a.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4), (1, 2, 3, 4, 5)])
+def test_norms_are_over_all_axes_but_the_first_whatever_the_shape(shape):
+    x = torch.randn(6, *shape)
+    each = x.reshape(6, -1).square().sum(1)                 # of numbers, tables, sequences, voxels
+    torch.testing.assert_close(grad_norm(lambda x: x.square().reshape(6, -1).sum(1) / 2, x), each.sqrt())
+    torch.testing.assert_close(progan.grad_norm(lambda x, *_: x.square().sum() / 2, x, 4, 1.0), each.sqrt())
+    D = Namespace(encode=lambda x: 3 * x, decode=lambda S: S)
+    torch.testing.assert_close(energy(D, x), 2 * each.sqrt())
 
 
 def test_gradient_norm_is_each_images_own_whatever_else_is_in_the_batch():

@@ -360,7 +360,7 @@ progan.train(**settings, out="parts")
 """
 
 
-def test_two_processes_train_as_one_and_only_the_first_writes():
+def test_two_processes_train_as_one_and_only_the_first_writes(capsys):
     Path("photos").mkdir()
     for i in range(4):
         Image.new("RGB", (20, 20), (60 * i, 0, 0)).save(f"photos/{i}.png")
@@ -377,3 +377,6 @@ def test_two_processes_train_as_one_and_only_the_first_writes():
     assert_same(training(progan, "whole"), training(progan, "parts"))
     assert lines.count("device: cpu") == 4
     assert sum(line.startswith("decoding") for line in lines) == 1          # by the first
+    settings = TINY | dict(kimg=0.032, dataset="photos", root="root", digit=None)
+    progan.train(**settings, out="whole", steps=21)         # goes on with one process, and says so
+    assert "processes 2 -> 1 from step 21 on" in capsys.readouterr().out
