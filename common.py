@@ -24,6 +24,7 @@ import math
 import numbers
 import os
 import pickle
+import re
 import signal
 import struct
 import sys
@@ -93,7 +94,8 @@ def find_device(name):
 def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, enlarge=True, mapped=False):
     """All images of a data set (its training part) or of a folder: uint8, (N, channels, size, size)
 
-    dataset   "mnist", "fashion-mnist", "cifar10", or the path of a folder: any depth, through links, too
+    dataset   "mnist", "fashion-mnist", "cifar10", or the path of a folder: any depth, through links, too, but
+              without hidden and run folders
     digit     0..9: only this class;  None: all.  Folders have no classes
     size      pixels. The 28x28 sets get a border of 2 pixels (size 28: none); other sizes are resized, antialiased.
               Images of a folder: EXIF orientation applied, transparency on white, centre cropped to a square
@@ -115,7 +117,7 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, 
         _say(f"{len(images):,} images from {dataset}")
         return images
     folder = Path(os.path.expanduser(dataset))
-    if not folder.is_dir():
+    if not os.path.isdir(os.path.expanduser(dataset)):      # Path makes "." of ""
         what = "is a file: unpack it and give the folder" if folder.is_file() else "does not exist"
         raise ValueError(f"--dataset {dataset} {what}; known data sets are {', '.join(DATASETS)}, and any folder")
     if digit is not None:
@@ -216,7 +218,7 @@ def _from_folder(folder, size, root, channels, enlarge, mapped):
         images = _mapped(file).view(-1, channels, size, size)
         images.file = file                                  # where pyramid puts its own beside
     left_out["unreadable"] = len(paths) - len(images)
-    left_out = ", ".join(f"{n:,} {what}" for what, n in left_out.most_common(20) if n)
+    left_out = ", ".join(f"{n:,} {what}" for what, n in left_out.most_common() if n)
     line = f"{len(images):,} images from {folder}"
     if left_out:
         line += f"; left out: {left_out}"
@@ -224,6 +226,10 @@ def _from_folder(folder, size, root, channels, enlarge, mapped):
         raise ValueError(f"{line}; training needs at least two")
     _say(line)
     return images
+
+
+def _is_a_run(folder):
+    return any(os.path.exists(os.path.join(folder, name)) for name in (".run", "checkpoint.pt"))
 
 
 @functools.cache
@@ -246,7 +252,7 @@ def _files(folder):
         seen.add(real)
         for name in sorted(folders):
             # Hidden folders hold thumbnails and the like; a run folder holds pictures made by these scripts.
-            a_run = any(os.path.exists(os.path.join(place, name, mark)) for mark in (".run", "checkpoint.pt"))
+            a_run = _is_a_run(os.path.join(place, name))
             left_out["run folders"] += a_run
             if a_run or name.startswith((".", "__")):
                 folders.remove(name)
@@ -259,6 +265,9 @@ def _files(folder):
                 left_out[ending] += 1
             else:
                 paths.append(path)
+    endings = [what for what, _ in left_out.most_common() if what[0] == "."]
+    for ending in endings[9:]:
+        left_out["others"] += left_out.pop(ending)
     return sorted(paths), left_out
 
 
@@ -318,7 +327,7 @@ def pyramid(images):
         return {size: images, **lower}
     below = file.with_suffix(".pyramid")
     if not below.exists():
-        print(f"averaging {n:,} images once into {below}", flush=True)
+        _say(f"averaging {n:,} images once into {below}")
         begin = dict(zip(sizes, np.cumsum([0, *numbers]).tolist()))
         with replacing(below) as sink:
             for each, start, part in averages():
@@ -332,7 +341,7 @@ def _decoded(paths, size, channels):
 
     Images whose values are not of 8 bits come at the end, one by one: only then their range is known.
     """
-    deep, ranges, n, shown, low, high = [], {}, 0, time.monotonic(), 255, 0
+    deep, ranges, n, dull, shown = [], {}, 0, 0, time.monotonic()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:       # Pillow decodes without Python's lock
         for start in range(0, len(paths), 256):
             images, part = [], paths[start:start + 256]
@@ -347,7 +356,7 @@ def _decoded(paths, size, channels):
                     deep.append((n + len(images), path))
                     image = torch.zeros(channels, size, size, dtype=torch.uint8)
                 else:
-                    low, high = min(low, image.min().item()), max(high, image.max().item())
+                    dull += _is_dull(image)
                 images.append(image)
             if images:
                 yield n, torch.stack(images)
@@ -356,17 +365,22 @@ def _decoded(paths, size, channels):
                 shown = time.monotonic()
                 _say(f"{start + len(part):,} of {len(paths):,} images decoded")
     for mode, (least, most) in ranges.items():
+        white = most
         if mode != "F" and least >= 0 and 2**14 <= most < 2**16:
-            ranges[mode] = 0, 255 << 8                      # true 16 bits: the upper 8 of them
-        else:
-            _say(f"the values of mode {mode} range from {least:g} to {most:g}, which become black and white")
+            ranges[mode] = least, white = 0, 255 << 8       # true 16 bits: the upper 8 of them
+        _say(f"of the values of mode {mode}, up to {most:g}, {least:g} becomes black and {white:g} white")
     for place, path in deep:
         image = _read(path, size, channels, ranges)
         if isinstance(image, Exception):
             raise OSError(f"{path} has changed while it was read: {image}")
+        dull += _is_dull(image)
         yield place, image[None]
-    if n > len(deep) and high - low < 64:
-        _say(f"all values lie between {low} and {high}, of 0 to 255: there is little to be seen")
+    if dull:
+        _say(f"{dull:,} of {n:,} images show hardly anything: their values differ by less than 32 of 255")
+
+
+def _is_dull(image):
+    return image.max().item() - image.min().item() < 32
 
 
 def _side(path):
@@ -390,11 +404,13 @@ def _read(path, size, channels, ranges=None):
         if image.mode == "F" or image.mode.startswith("I"):
             values = np.asarray(image)
             finite = values[np.isfinite(values)]
+            if not finite.size:
+                raise ValueError("no value is finite")
             if not ranges:
                 return image.mode, finite.min().item(), finite.max().item()
             low, high = ranges[image.mode]
-            values = np.nan_to_num(values.astype(np.float32), nan=low, posinf=high, neginf=low) - np.float32(low)
-            values *= np.float32(255 / (high - low or 1))
+            values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low) - low
+            values *= 255 / (high - low or 1)
             image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
         if image.mode.endswith(("A", "a")) or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -415,9 +431,11 @@ def _opened(path):
     with open(path, "rb") as file:
         try:
             return _upright(file)
-        except DAMAGED:
+        except DAMAGED as error:
             file.seek(0)
-            return _upright(io.BytesIO(_without_metadata(file.read())))
+            with contextlib.suppress(*DAMAGED):
+                return _upright(io.BytesIO(_without_metadata(file.read())))
+            raise error
 
 
 def _upright(file):
@@ -429,7 +447,7 @@ def _upright(file):
 
 
 def _without_metadata(data):
-    """A PNG or JPEG file without text, colour profile and the like, but with its orientation; others as they are"""
+    """A PNG or JPEG file without text, colour profile and the like, but with its orientation; of others nothing"""
     kept, at = [], 8
     if data.startswith(b"\x89PNG"):
         while at < len(data):                               # length, name, content, checksum
@@ -450,7 +468,7 @@ def _without_metadata(data):
                 kept.append(data[at:end])
             at = end
         return b"".join([data[:2], *kept, data[at:]])
-    return data
+    return b""
 
 
 CGROUPS = [("/sys/fs/cgroup", "memory.max", "memory.current"),
@@ -548,11 +566,14 @@ def save_images(x, path):
         _picture(grid[:x.shape[1]]).save(file, format="PNG")   # make_grid makes three channels of one
 
 
-def next_image(path):
-    """Where generated images go, and the number of the next one: the folder PATH/generated, or, if PATH is the file
-    of a checkpoint, PATH without its ending; images that are there, 000000.png, ..., are counted on from"""
+def next_image(path, n):
+    """Where n more generated images go, and the number of the first of them: the folder PATH/generated, or, if PATH
+    is the file of a checkpoint, PATH without its ending; images that are there, 000000.png, ..., are counted on
+    from.  ValueError if n < 1"""
+    if n < 1:
+        raise ValueError(f"--generate must be at least 1, not {n}")
     folder = Path(path, "generated") if Path(path).is_dir() else Path(path).with_suffix("")
-    numbers = [int(file.stem) for file in folder.glob("*.png") if file.stem.isdecimal()]
+    numbers = [int(file.stem) for file in folder.glob("*.png") if re.fullmatch("[0-9]{6}|[1-9][0-9]{6}", file.stem)]
     return folder, max(numbers, default=-1) + 1
 
 
@@ -570,7 +591,7 @@ def save_each(batches, folder, first=0, dataset=None):
         n += 1
     line = f"{n - first:,} images in {folder}"
     if first:
-        line += f", from {first:06d}.png on: there were {first:,} before"
+        line += f", from {first:06d}.png on"
     _say(line)
     return folder
 
@@ -659,8 +680,8 @@ def checked(train):
             kind = setting.annotation if default is None else type(default)
             if kind not in (int, float) or value is None and default is None:
                 continue
-            meant = numbers.Integral if kind is int else numbers.Real
-            if not isinstance(value, meant) or not abs(value) < 2**63:      # which refuses nan, too
+            meant, limit = (numbers.Integral, 2**63) if kind is int else (numbers.Real, math.inf)
+            if not isinstance(value, meant) or not abs(value) < limit:      # which refuses nan, too
                 raise ValueError(f"{name} must be a number ({kind.__name__}), not {value!r}")
             if kind is int and value < 1 and name not in ("digit", "seed"):
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -677,22 +698,20 @@ def name_of(dataset):
 
 
 def run_folder(script, settings):
-    """Where a run's images go: OUT, or runs/SCRIPT-DATASET-DIGIT, by its settings out, dataset and digit.
-    ValueError if the images of the data set are there"""
-    images = Path(os.path.expanduser(settings.dataset))
+    """Where a run's images go: OUT, or runs/SCRIPT-DATASET-DIGIT, by its settings out, dataset and digit"""
     name = f"{script}-{name_of(settings.dataset)}".rstrip("/")
     if settings.digit is not None:
         name += f"-{settings.digit}"
-    out = Path(os.path.expanduser(settings.out or f"runs/{name}"))
-    if out.is_dir() and images.is_dir() and out.samefile(images):
-        raise ValueError(f"--out {out} is the folder of the images: name another folder")
-    return out
+    return Path(os.path.expanduser(settings.out or f"runs/{name}"))
 
 
 def claim(folder):
     """Makes the folder of a run and marks it as one, so that its pictures are never taken for images to train on.
-    The file that is returned keeps other processes out until this one ends, however.  ValueError if one is there"""
+    The file that is returned keeps other processes out until this one ends, however.  ValueError if one is there,
+    or if the folder holds something and is no run's"""
     folder.mkdir(parents=True, exist_ok=True)
+    if not _is_a_run(folder) and any(path.name[0] != "." for path in folder.iterdir()):
+        raise ValueError(f"--out {folder} holds other files, which might be overwritten: name a new folder")
     file = open(folder / ".run", "a")
     try:
         if fcntl:
@@ -720,13 +739,24 @@ def fitting(path, script):
 
 def compare(saved, settings, out):
     """Prints which of a run's settings are others than in its checkpoint.  ValueError if one must not be"""
-    old = saved["settings"]
+    old, (step, seconds, rows, states, *_) = saved["settings"], saved["run"]
+    kinds = [type(it) for it in (step, seconds, rows, states, *rows)]
+    if kinds != [int, float, list, list] + [dict] * len(rows) or step < 1:
+        raise ValueError
     for name, now in settings.items():
         if name not in ("batch_size", "images", "processes") and old[name] != now:
             raise Refused(f"{out} has {name} {old[name]}, not {now}: name another --out")
     for name, now in settings.items():
         if old[name] != now:
-            _say(f"{name} {old[name]} -> {now} from step {saved['run'][0] + 1:,} on")
+            _say(f"{name} {old[name]} -> {now} from step {step + 1:,} on")
+
+
+def same_shapes(*optimizers):
+    """ValueError unless every tensor that optimizers keep has its weight's shape, or is a number"""
+    for optimizer in optimizers:
+        for weight, kept in optimizer.state.items():
+            if any(it.shape not in ((), weight.shape) for it in kept.values()):
+                raise ValueError
 
 
 @contextlib.contextmanager
@@ -778,6 +808,6 @@ def _out_of_memory(error):
     """Torch on the CPU, and Pillow, have no type of their own for it"""
     text = str(error).lower()
     words = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "alloc_failed", "buffer size",
-             "overflow")
+             "calculation overflow", "multiplication overflow")
     return isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, OSError))
                                               and any(word in text for word in words))

@@ -30,8 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import cuda, nn
 from common import (DATASETS, batches, channels_of, checked, claim, compare, find_device, fitting, in_one_sentence,
-                    load_images, name_of, next_image, pyramid, replacing, run_folder, save_animation, save_curve,
-                    save_each, save_images, stop_signals)
+                    load_images, name_of, next_image, pyramid, replacing, run_folder, same_shapes,
+                    save_animation, save_curve, save_each, save_images, stop_signals)
 
 # ---- The pieces (§3, §4) -----------------------------------------------------------------------------------------
 class Conv(nn.Module):
@@ -293,6 +293,7 @@ class Run:
                     if name.startswith("opt"):              # lr, fused, capturable are those of this run
                         saved[name]["param_groups"] = part.state_dict()["param_groups"]
                     part.load_state_dict(saved[name])
+                same_shapes(parts["opt_G"], parts["opt_D"])
                 self.step, self.time, self.rows, states, self.shown = saved["run"]
                 for each, state in zip(self.random, (states + [[]] * self.world)[self.rank]):
                     each.set_rng_state(state)
@@ -395,12 +396,11 @@ def load(path):
     return G.eval().requires_grad_(False)
 
 
+@checked
 def generate(path, n, device="auto", seed=0):
     """Writes n more images of what read() finds, image i by seed and i alone, and returns their folder"""
-    if n < 1:
-        raise ValueError(f"--generate must be at least 1, not {n}")
     G, settings, device = load(path), read(path)["settings"], find_device(device)
-    (folder, first), noise = next_image(path), torch.Generator().manual_seed(seed)
+    (folder, first), noise = next_image(path, n), torch.Generator().manual_seed(seed)
     z = torch.cat([torch.randn(64, settings["nz"], generator=noise) for _ in range(0, first + n, 64)]).to(device)
     images = map(G.to(device), z[first:first + n].split(8))
     return save_each(images, folder, first, settings.get("dataset"))

@@ -26,8 +26,8 @@ from time import perf_counter
 import torch
 from torch import cuda, nn
 from common import (batches, channels_of, checked, claim, compare, find_device, fitting, in_one_sentence,
-                    load_images, name_of, next_image, replacing, run_folder, save_animation, save_curve, save_each,
-                    save_images, stop_signals)
+                    load_images, name_of, next_image, replacing, run_folder, same_shapes, save_animation,
+                    save_curve, save_each, save_images, stop_signals)
 
 # ---- Networks: 4x4 kernels, as in WGAN's code; from 4x4 pixels on every layer doubles or halves the image --------
 class Generator(nn.Sequential):
@@ -158,6 +158,7 @@ class Run:
                     if name.startswith("opt"):              # lr, fused, capturable are those of this run
                         saved[name]["param_groups"] = part.state_dict()["param_groups"]
                     part.load_state_dict(saved[name])
+                same_shapes(parts["opt_G"], parts["opt_D"])
                 self.step, self.time, self.rows, states = saved["run"]
                 for each, state in zip(self.random, states):
                     each.set_rng_state(state)
@@ -242,12 +243,11 @@ def load(path):
     return G.eval().requires_grad_(False)
 
 
+@checked
 def generate(path, n, device="auto", seed=0):
     """Writes n more images of what read() finds, image i by seed and i alone, and returns their folder"""
-    if n < 1:
-        raise ValueError(f"--generate must be at least 1, not {n}")
     G, settings, device = load(path), read(path)["settings"], find_device(device)
-    (folder, first), noise = next_image(path), torch.Generator().manual_seed(seed)
+    (folder, first), noise = next_image(path, n), torch.Generator().manual_seed(seed)
     z = torch.cat([torch.randn(64, settings["nz"], generator=noise) for _ in range(0, first + n, 64)]).to(device)
     images = map(G.to(device), z[first:first + n].split(64))
     return save_each(images, folder, first, settings.get("dataset"))

@@ -124,8 +124,8 @@ def test_a_folder_of_everything(photos, capsys):
     images = load_images(str(photos), size=16)
     assert images.shape == (10, 3, 16, 16) and images.dtype == torch.uint8
     out, err = capsys.readouterr()
-    assert out == (f"10 images from {photos}; left out: 1 run folders, 1 broken links or no regular files, 1 .txt, "
-                   "1 unreadable\n") and "left out" in err and "corrupt.png" in err
+    assert out.splitlines()[-1] == (f"10 images from {photos}; left out: 1 run folders, 1 broken links or no "
+                                    "regular files, 1 .txt, 1 unreadable") and "left out" in err and "corrupt.png" in err
     assert load_images(photos, size=16, channels=1).shape == (10, 1, 16, 16)
     order = "bits cmyk deep/deeper/rgba deep/grey dot large palette rgb rotated sixteen".split()
     at = dict(zip(order, images))
@@ -208,15 +208,16 @@ def test_values_of_other_kinds_are_scaled_by_the_range_of_the_folder(tmp_path, c
             for shown, each in ((a, values), (b, darker)):
                 expected = (np.nan_to_num(each.astype(float), nan=low) - low) / (most - low) * 255
                 assert abs(shown - expected).max() <= 1.01, (ending, i)
-            assert abs(c - 200).max() < 3 and "become black and white" in capsys.readouterr().out
-    for i, (each, word) in enumerate({"true 16 bits": 60000, "little to be seen": 15}.items()):
-        folder = tmp_path / str(i)
+            assert abs(c - 200).max() < 3 and "becomes black" in capsys.readouterr().out
+    for bits, values in ((16, ramp * 60000), (8, ramp * 31), (8, ramp * 32)):
+        folder = tmp_path / str(values.max())
         folder.mkdir()
+        values = values.astype(np.uint16 if bits == 16 else np.uint8)
         for name in "ab":
-            values = np.full((16, 16), word, np.uint16 if word > 255 else np.uint8)
             Image.fromarray(values).save(folder / f"{name}.png")
-        assert (load_images(folder, size=16) == (word if word < 256 else word >> 8)).all()
-        assert ("little to be seen" in capsys.readouterr().out) == (word < 256)
+        assert np.array_equal(load_images(folder, size=16, channels=1)[0, 0], values >> bits - 8)
+        out = capsys.readouterr().out
+        assert ("65280 white" in out) == (bits == 16) and ("2 of 2 images" in out) == (values.max() == 31)
     file = load_images(tmp_path / "png0", size=16, channels=1, root=tmp_path / "root", mapped=True)
     assert torch.equal(file, load_images(tmp_path / "png0", size=16, channels=1))
 
@@ -235,14 +236,16 @@ def test_every_ending_that_pillow_opens_and_folders_behind_links_once(tmp_path, 
     for name, to in dict(link=tmp_path / "elsewhere", again=tmp_path / "elsewhere", loop=folder).items():
         (folder / name).symlink_to(to)
     (folder / "page.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    for name in ("one.heic", "two.HEIC", "drawing.eps", "movie.mp4"):
+    for name in ("one.heic", "two.HEIC", "drawing.eps", *(f"x.{i}" for i in range(12))):
         (folder / name).write_bytes(b"of another kind")
     os.mkfifo(folder / "pipe.png")
     images = load_images(folder, size=16)
     assert len(images) == len(formats) + 1
     out = capsys.readouterr().out.splitlines()
-    assert out[-1] == (f"{len(images)} images from {folder}; left out: 2 .heic, 1 .eps, 1 .mp4, "
-                       "1 broken links or no regular files, 1 unreadable")
+    start, left_out = out[-1].split("; left out: ")
+    assert start == f"{len(images)} images from {folder}" and sorted(left_out.split(", ")) == sorted(
+        ["5 others", "2 .heic", "1 .eps", "1 broken links or no regular files", "1 unreadable",
+         *(f"1 .{i}" for i in (0, 1, 10, 11, 2, 3, 4))])
 
 
 def chunk(name, content, checksum=None):
@@ -352,7 +355,8 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(tmp_path):
     Path("loop").symlink_to("loop")
     for words, call in {
             "nowhere does not exist": dict(dataset="nowhere"), "is a file": dict(dataset="one/a.png"),
-            "loop does not exist": dict(dataset="loop"), "0 images from one/empty": dict(dataset="one/empty"),
+            "loop does not exist": dict(dataset="loop"), "--dataset  does not": dict(dataset=""),
+            "0 images from one/empty": dict(dataset="one/empty"),
             "1 images from one; left out: 1 unreadable": dict(dataset="one", size=4),
             "--digit 3 needs a data set with classes": dict(dataset="one", digit=3),
             "--digit must be one of the classes 0 to 9": dict(digit=11), "--channels must be 1": dict(channels=2),
@@ -385,13 +389,15 @@ def test_batches_are_full_uniform_with_replacement_and_exact():
 def test_what_goes_out_is_what_came_in(tmp_path):
     for channels in (1, 3):
         images = torch.randint(0, 256, (5, channels, 16, 16), dtype=torch.uint8)
-        folder, first = next_image(tmp_path / f"{channels}.pt")
+        folder, first = next_image(tmp_path / f"{channels}.pt", 5)
         assert folder == tmp_path / str(channels) and first == 0            # beside the checkpoint
         save_each((images.float() / 127.5 - 1).split(2), folder)
         back = [np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(5)]
         np.testing.assert_array_equal(np.stack(back).reshape(5, 16, 16, channels).transpose(0, 3, 1, 2), images)
-        assert next_image(tmp_path / f"{channels}.pt") == (folder, 5)
-    folder = save_each([torch.full((1, 1, 4, 4), -7.0)], next_image(tmp_path)[0])
+        for name in ("20240101", "99999999999999999999", "0000077"):        # not of these scripts
+            (folder / f"{name}.png").touch()
+        assert next_image(tmp_path / f"{channels}.pt", 1) == (folder, 5)
+    folder = save_each([torch.full((1, 1, 4, 4), -7.0)], next_image(tmp_path, 1)[0])
     assert folder == tmp_path / "generated" and not np.asarray(Image.open(folder / "000000.png")).any()
     zeros, before = torch.zeros(1, 1, 32, 32), (folder / "000000.png").read_bytes()
     with pytest.raises(FileExistsError):                    # by another process at the same time
@@ -453,9 +459,6 @@ def test_devices_and_run_folders():
     for name in ("nothing", "cuda:77"):
         with pytest.raises(ValueError, match=f"--device {name} is not on this machine"):
             find_device(name)
-    Path("mine").mkdir()
-    with pytest.raises(ValueError, match="--out mine is the folder of the images"):
-        run_folder("wgan", argparse.Namespace(out="mine", dataset="./mine", digit=None))
     for folder, out, dataset, digit in (("~no one/x", "~no one/x", "~no one/y", None),
                                         ("runs/wgan-photos", None, "path/to/photos/", None),
                                         ("runs/wgan-mnist-0", None, "mnist", 0), ("a", "a", "mnist", 0)):
@@ -473,11 +476,17 @@ def test_a_data_set_is_one_however_it_is_spelt():
 
 
 def test_a_run_folder_belongs_to_one_process_until_it_ends():
-    code = (f"import sys; sys.path.insert(0, {str(common.ROOT.parent)!r}); import common, pathlib; "
-            "lock = common.claim(pathlib.Path('run')); print('has it', flush=True); input()")
+    code = ("import fcntl; lock = open('run/.run', 'a'); fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB); "
+            "print('has it', flush=True); input()")
+    claim(Path("run")).close()
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"has it\n"
         with pytest.raises(ValueError, match="another run is writing to run"):
             claim(Path("run"))
         other.kill()
     assert claim(Path("run")) and claim(Path("run")) and Path("run/.run").exists()
+    Path("mine").mkdir()
+    Path("mine/000100.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="--out mine holds other files"):
+        claim(Path("mine"))
+    assert [*Path("mine").iterdir()] == [Path("mine/000100.png")]

@@ -175,7 +175,8 @@ def test_three_steps_and_three_steps_are_six_steps(each, capsys):
 def test_files_without_a_checkpoint_do_not_matter(script):
     main(script, "--steps 2 --out reference")
     Path("run").mkdir()
-    Path("run/log.csv").write_text("old")
+    for name in ("log.csv", ".run"):
+        Path("run", name).write_text("old")
     for name in ("0123abcd", "89abcdef"):                   # of a killed run; of another
         Path("run", f".checkpoint.pt.{name}.part").write_bytes(b"half a checkpoint")
     os.utime("run/.checkpoint.pt.0123abcd.part", (0, 0))
@@ -340,16 +341,19 @@ def test_too_little_memory_is_one_sentence(script, capsys):
     assert len(err.splitlines()) == 1 and "out of memory, size 16, batch_size 1000000000000000" in err
 
 
-def test_a_reader_of_the_output_that_goes_away(script):
-    words = [sys.executable, script.__file__, *flags(tiny(script)), "--steps", "100000", "--save-every", "1"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def test_a_reader_of_the_output_that_goes_away():
+    running = []
+    for script in map(importlib.import_module, ("wgan_gp", "progan")):
+        words = [sys.executable, script.__file__, *flags(tiny(script)), "--steps", "100000", "--save-every", "1"]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running.append((script, f"runs/{script.__name__}-mnist-7", process))
+    for script, out, process in running:
         while not process.stdout.readline().startswith("step 1/"):
             pass
         process.stdout.close()
         err = process.stderr.read()
-    assert process.returncode == 141 and len(err.splitlines()) == 1 and "nothing reads its output" in err
-    out = f"runs/{script.__name__}-mnist-7"
-    assert_goes_on(script, out, script.read(out)["run"][0])
+        assert process.wait() == 141 and len(err.splitlines()) == 1 and "nothing reads its output" in err
+        assert_goes_on(script, out, script.read(out)["run"][0])
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
@@ -479,25 +483,29 @@ def test_a_bad_checkpoint_is_refused_not_run_and_not_overwritten(script, capsys,
 
 
 @pytest.mark.parametrize("where, value", [
-    ("settings", None), ("settings", 3), ("settings nz", None), ("settings nz", "8"), ("run", None), ("run", 5),
-    ("run", (1, 2.0)), ("run", (1, 2.0, [], [torch.zeros(3)], 8)), ("D", None), ("D", 3), ("opt_D", None),
-    ("opt_G", {"state": 3}), ("G", {}), ("G", {"0.weight": torch.zeros(3)})])
+    ("settings", None), ("settings", 3), ("settings nz", None), ("settings nz", "16"), ("run", None), ("run", 5),
+    *(("run", run) for run in [(1, 2.0), (1, 2.0, [], [torch.zeros(3)], 8), (-1, 2.0, [], [], 8),
+                               ("1", 2.0, [], [], 8), (1, 2.0, None, [], 8), (1, 2.0, [3], [], 8)]),
+    ("opt_D state 0 exp_avg", torch.zeros(3)), ("opt_D", None), ("opt_G", {"state": 3}), ("D", None), ("D", 3),
+    ("G", {}), ("G", {"0.weight": torch.zeros(3)})])
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(script, capsys, where, value):
     main(script, "--steps 1 --out run")
     checkpoint = script.read("run")
     for name in ["G", "G_ema"] if where == "G" and "G_ema" in checkpoint else [where]:
         *path, last = name.split()
-        place = checkpoint[path[0]] if path else checkpoint
+        place = checkpoint
+        for each in path:
+            place = place.setdefault(int(each) if each.isdecimal() else each, {})
         place[last] = value
         if value is None:
             del place[last]
     torch.save({script.__name__: checkpoint}, "run/checkpoint.pt")
     before = content("run")
-    for args in ("--steps 4", "--generate 2")[:1 if where in ("run", "D", "opt_D", "opt_G") else 2]:
+    for args in ("--steps 4", "--generate 2")[:1 if where[:3] in ("run", "D", "opt") else 2]:
         capsys.readouterr()
         main(script, f"{args} --out run", status=2)
         err = capsys.readouterr().err
-        assert len(err.splitlines()) == 1 and ("damaged" in err or "nz 8, not 8" in err)
+        assert len(err.splitlines()) == 1 and ("damaged" in err or "nz 16, not 8" in err)
         assert content("run") == before and not Path("run/generated").exists()
 
 
