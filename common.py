@@ -21,7 +21,6 @@ import inspect
 import io
 import itertools
 import math
-import numbers
 import os
 import pickle
 import re
@@ -37,6 +36,7 @@ import warnings
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral, Real
 from pathlib import Path
 
 try:
@@ -137,7 +137,7 @@ def _say(line):
 def read_set(dataset, root=ROOT, train=True):
     """The training or test part of a data set as it is, from the archives as they are downloaded: uint8
     (N, C, side, side), and the classes, (N,).  OSError: the file or the download failed"""
-    kind, channels = DATASETS[dataset]
+    kind, _ = DATASETS[dataset]
     images, labels = [], []
     if dataset == "cifar10":
         with tarfile.open(_archive(Path(root, kind.filename), kind.tgz_md5, kind.url)) as tar:
@@ -680,7 +680,7 @@ def checked(train):
             kind = setting.annotation if default is None else type(default)
             if kind not in (int, float) or value is None and default is None:
                 continue
-            meant, limit = (numbers.Integral, 2**63) if kind is int else (numbers.Real, math.inf)
+            meant, limit = (Integral, 2**63) if kind is int else (Real, math.inf)
             if not isinstance(value, meant) or not abs(value) < limit:      # which refuses nan, too
                 raise ValueError(f"{name} must be a number ({kind.__name__}), not {value!r}")
             if kind is int and value < 1 and name not in ("digit", "seed"):
