@@ -185,7 +185,7 @@ MUTANTS = {
         ("> free_memory():", "> 10**99:"),
         ("default=-1) + 1", "default=-1) * 0"),
         ("settings[name] = kind(value)", "pass"),
-        ("not abs(value) < 2**63", "False"),
+        ("not abs(value) < limit", "False"),
         ("if kind is int and value < 1", "if False"),
         ("if fcntl:", "if False:"),
         ("isinstance(error, Refused) or", ""),
