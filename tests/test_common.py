@@ -124,8 +124,8 @@ def test_a_folder_of_everything(photos, capsys):
     images = load_images(str(photos), size=16)
     assert images.shape == (10, 3, 16, 16) and images.dtype == torch.uint8
     out, err = capsys.readouterr()
-    assert out.splitlines()[-1] == (f"10 images from {photos}; left out: 1 run folders, 1 broken links or no "
-                                    "regular files, 1 .txt, 1 unreadable") and "left out" in err and "corrupt.png" in err
+    assert "left out" in err and "corrupt.png" in err and out.splitlines()[-1] == (
+        f"10 images from {photos}; left out: 1 run folders, 1 broken links or no regular files, 1 .txt, 1 unreadable")
     assert load_images(photos, size=16, channels=1).shape == (10, 1, 16, 16)
     order = "bits cmyk deep/deeper/rgba deep/grey dot large palette rgb rotated sixteen".split()
     at = dict(zip(order, images))
@@ -228,7 +228,8 @@ def test_every_ending_that_pillow_opens_and_folders_behind_links_once(tmp_path, 
     (tmp_path / "elsewhere").mkdir()
     formats = dict(jpe="JPEG", apng="PNG", pbm="PPM", tga="TGA", jp2="JPEG2000", avif="AVIF", ico="ICO", qoi="QOI",
                    JPG="JPEG", none="PNG", mpo="MPO")
-    formats = {ending: name for ending, name in formats.items() if name in {*Image.SAVE, "MPO"}}
+    Image.init()
+    formats = {ending: name for ending, name in formats.items() if name in Image.SAVE}
     for ending, name in formats.items():
         with open(folder / "deep" / f"a.{ending}" if ending != "none" else folder / "without", "wb") as file:
             image.convert("1" if ending == "pbm" else "RGB").save(file, name)
