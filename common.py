@@ -82,8 +82,8 @@ def find_device(name):
     try:
         probe = torch.ones(1, device=f"cuda:{rank}" if str(name) == "cuda" else name)
         probe.item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0][:200]
         raise ValueError(f"--device {name} is not on this machine ({reason}): use --device cpu") from error
     if probe.is_cuda:
         torch.cuda.set_device(probe.device)
@@ -280,7 +280,8 @@ def _decoded_file(folder, paths, size, root, channels):
     file = root / "cache" / f"{name}-{stamp}.uint8"
     if not file.exists():
         for old in file.parent.glob(f"{glob.escape(name)}-*"):
-            old.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):              # another run may use it
+                old.unlink()
         _say(f"decoding {len(paths):,} images once into {file}")
         with replacing(file) as sink:
             for start, images in _decoded(paths, size, channels):
@@ -328,7 +329,7 @@ def pyramid(images):
     below = file.with_suffix(".pyramid")
     if not below.exists():
         _say(f"averaging {n:,} images once into {below}")
-        begin = dict(zip(sizes, np.cumsum([0, *numbers]).tolist()))
+        begin = dict(zip(sizes, itertools.accumulate(numbers, initial=0)))
         with replacing(below) as sink:
             for each, start, part in averages():
                 sink.seek(begin[each] + start * part[0].numel())
@@ -342,9 +343,10 @@ def _decoded(paths, size, channels):
     Images whose values are not of 8 bits come at the end, one by one: only then their range is known.
     """
     deep, ranges, n, dull, shown = [], {}, 0, 0, time.monotonic()
+    some = max(8, min(256, 2**26 // (channels * size * size)))          # 64 MiB
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:       # Pillow decodes without Python's lock
-        for start in range(0, len(paths), 256):
-            images, part = [], paths[start:start + 256]
+        for start in range(0, len(paths), some):
+            images, part = [], paths[start:start + some]
             for path, image in zip(part, pool.map(lambda path: _read(path, size, channels), part)):
                 if isinstance(image, Exception):
                     print(f"left out {path}: {type(image).__name__}: {image}", file=sys.stderr)
@@ -365,10 +367,10 @@ def _decoded(paths, size, channels):
                 shown = time.monotonic()
                 _say(f"{start + len(part):,} of {len(paths):,} images decoded")
     for mode, (least, most) in ranges.items():
-        white = most
         if mode != "F" and least >= 0 and 2**14 <= most < 2**16:
-            ranges[mode] = least, white = 0, 255 << 8       # true 16 bits: the upper 8 of them
-        _say(f"of the values of mode {mode}, up to {most:g}, {least:g} becomes black and {white:g} white")
+            ranges[mode] = 0, 255 << 8                      # true 16 bits: the upper 8 of them
+        black, white = ranges[mode]
+        _say(f"of the values of mode {mode}, {least:g} to {most:g}, {black:g} becomes black and {white:g} white")
     for place, path in deep:
         image = _read(path, size, channels, ranges)
         if isinstance(image, Exception):
@@ -479,11 +481,11 @@ def free_memory(device="cpu"):
     """Bytes that a program may still take on the device"""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = [4 << 30]                                        # not Linux, and the standard library does not tell
+    free = [8 << 30]                                        # not Linux, and the standard library does not tell
     with contextlib.suppress(OSError), open("/proc/meminfo") as lines:
-        free = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")]
+        free = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")] or free
     for folder, limit, used in CGROUPS:                     # a container may have less than the machine
-        with contextlib.suppress(OSError, ValueError):      # no such file, or "max"
+        with contextlib.suppress(OSError, ValueError, KeyError):        # no such file, or "max"
             limit, used = (int(Path(folder, name).read_text()) for name in (limit, used))
             stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
             free.append(limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))
@@ -543,7 +545,7 @@ def replacing(path):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__     # torch.save hides a full disk there
-        if isinstance(cause, OSError) and cause.filename is None:
+        if isinstance(cause, OSError) and cause.errno and cause.filename is None:
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
     finally:
@@ -584,10 +586,11 @@ def save_each(batches, folder, first=0, dataset=None):
     for image in (image for x in batches for image in x):
         if channels_of(dataset) == 1 and image.shape[-1] == 32:
             image = image[..., 2:-2, 2:-2]
-        image = _picture(image)
+        data = io.BytesIO()
+        _picture(image).save(data, format="PNG")
         folder.mkdir(exist_ok=True)
         with open(folder / f"{n:06d}.png", "xb") as file:
-            image.save(file, format="PNG")
+            file.write(data.getvalue())                     # at once: nothing half written will be counted on from
         n += 1
     line = f"{n - first:,} images in {folder}"
     if first:
@@ -633,7 +636,7 @@ def save_curve(rows, folder):
     with replacing(Path(folder, "curve.png")) as file:
         picture.save(file, format="PNG")
     with replacing(Path(folder, "log.csv")) as file:
-        for row in [rows[0], *map(dict.values, rows)]:
+        for row in [rows[0].keys(), *(row.values() for row in rows)]:
             file.write((",".join(map(str, row)) + "\n").encode())
 
 
@@ -642,7 +645,8 @@ def _panel(picture, top, name, xs, ys):
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default()
     left, right, upper, lower = 70, picture.width - 20, top + 24, top + 154
     (x0, x1), (y0, y1) = ((min(each), max(each)) for each in ((0, *xs), ys))
-    y0, y1 = (y0, y1) if y0 < y1 else (y0 - 1, y1 + 1)
+    if y0 == y1:
+        y0, y1 = y0 - max(1, abs(y0)), y1 + max(1, abs(y1))
 
     def at(x, y):
         return left + (x - x0) / (x1 - x0) * (right - left), lower - (y - y0) / (y1 - y0) * (lower - upper)
@@ -707,8 +711,8 @@ def run_folder(script, settings):
 
 def claim(folder):
     """Makes the folder of a run and marks it as one, so that its pictures are never taken for images to train on.
-    The file that is returned keeps other processes out until this one ends, however.  ValueError if one is there,
-    or if the folder holds something and is no run's"""
+    The file that is returned keeps other processes out until this one ends, however; not on Windows.  ValueError if
+    one is there, or if the folder holds something and is no run's"""
     folder.mkdir(parents=True, exist_ok=True)
     if not _is_a_run(folder) and any(path.name[0] != "." for path in folder.iterdir()):
         raise ValueError(f"--out {folder} holds other files, which might be overwritten: name a new folder")
@@ -738,7 +742,8 @@ def fitting(path, script):
 
 
 def compare(saved, settings, out):
-    """Prints which of a run's settings are others than in its checkpoint.  ValueError if one must not be"""
+    """Prints which of a run's settings are others than in its checkpoint.  Refused if one must not be; any other
+    error, for fitting, if they do not look like settings and a run"""
     old, (step, seconds, rows, states, *_) = saved["settings"], saved["run"]
     kinds = [type(it) for it in (step, seconds, rows, states, *rows)]
     if kinds != [int, float, list, list] + [dict] * len(rows) or step < 1:
@@ -793,6 +798,8 @@ def in_one_sentence(script):
     except KeyboardInterrupt:
         status, text = 130, "stopped; in training, the same command goes on"
     except (MemoryError, RuntimeError) as error:
+        if "by peer" in str(error):                         # of torchrun: another process has ended, and said why
+            sys.exit(2)
         if not _out_of_memory(error):
             raise
         places = [place.f_locals for place, _ in traceback.walk_tb(error.__traceback__)]

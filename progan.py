@@ -203,8 +203,8 @@ def train(
     if size is None:
         size = 32 if dataset in DATASETS else 1024
     config = Namespace(**locals())
-    if min(kimg, gamma) <= 0:
-        raise ValueError(f"kimg and gamma must be above 0, not {kimg} and {gamma}")
+    if not 1e-6 < min(kimg, gamma) <= max(kimg, gamma) < 1e9:
+        raise ValueError(f"kimg and gamma must be above 0, and below 1e9, not {kimg} and {gamma}")
     torch.manual_seed(seed)
     fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
     G = Generator(size, channels, fmap_base, fmap_max, nz).to(device, memory_format=torch.channels_last)

@@ -197,6 +197,8 @@ MUTANTS = {
         ("status, text = 2, error", "status, text = 1, error"),
         ("status, text = 130", "status, text = 1"),
         ("        if not _out_of_memory(error):\n            raise\n        pl", "        raise\n        pl"),
+        ("y0, y1 = y0 - max(1, abs(y0)), y1 + max(1, abs(y1))", "y0, y1 = y0 - 1, y1 + 1"),
+        ("cause.errno and", ""),
         ("_is_a_run(folder) and any(", "_is_a_run(folder) and False and any("),
         ("[0-9]{6}|[1-9][0-9]{6}", "[0-9]+"),
         ("if any(it.shape not in", "if False and any(it.shape not in"),

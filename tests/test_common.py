@@ -320,6 +320,8 @@ def test_a_full_disk_is_said_and_leaves_the_old_file(tmp_path):
         patch.setattr("builtins.open", Full)
         with replacing(file) as sink:
             torch.save(dict(x=torch.zeros(10)), sink)
+    with pytest.raises(OSError, match="^a sentence$"), replacing(file):     # of Pillow's and our own
+        raise OSError("a sentence")
     assert file.read_bytes() == b"old" and [*tmp_path.iterdir()] == [file]
 
 
@@ -450,6 +452,8 @@ def test_a_curve_of_every_column_and_the_same_numbers_as_a_table(tmp_path):
     assert np.corrcoef(falls.T)[0, 1] > 0.99 and np.ptp(flat[:, 0]) <= 2    # rows of pixels count from the top
     before = (tmp_path / "log.csv").read_text()
     assert before.splitlines()[:2] == ["step,seconds,L_D,flat", "100,0.5,-1.0,3.0"] and before.count("\n") == 9
+    for value in (1e30, -3e18):                             # of a run that diverges
+        save_curve([dict(step=1, seconds=1.0, L_D=value)], tmp_path / "diverges")
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"L_D is {bad} at step 900"):
             save_curve([*rows, dict(step=900, seconds=5.0, L_D=bad, flat=3.0)], tmp_path)

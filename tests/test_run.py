@@ -442,7 +442,7 @@ def test_errors_are_one_sentence(script, capsys, args, word):
 
 
 @pytest.mark.parametrize("args", ["wgan --n-critic 0", "wgan_gp --n-critic 0", "lsgan --width 0", "ebgan --width 0",
-    "progan --kimg 0", "progan --gamma 0", "progan --fmap-max 0", "progan --size 2048"])
+    "progan --kimg 0", "progan --gamma 1e200", "progan --fmap-max 0", "progan --size 2048"])
 def test_errors_in_a_papers_own_settings(capsys, args):
     name, flag, value = args.split()
     main(importlib.import_module(name), f"--steps 1 {flag} {value}", status=2)
