@@ -394,8 +394,8 @@ def _side(path):
     return 0
 
 
-TURNS = dict(zip(range(2, 9), "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
-                 .split()))                                 # by EXIF's orientation
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+         7: "TRANSVERSE", 8: "ROTATE_90"}                   # by EXIF's orientation
 
 
 def _read(path, size, channels, ranges=None):
