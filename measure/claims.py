@@ -1,10 +1,10 @@
 """The measurements of docs/claims.md
 
     python measure/claims.py train [NAME...]   the runs that the claims need: two at a time, with one thread each
-    python measure/claims.py 1 2 ... 12        the figures of a claim, and its plot in docs/; without numbers: of all
-    python measure/claims.py pictures          samples of the five scripts, docs/samples-SCRIPT.png
+    python measure/claims.py 1 2 ... 16        the figures of a claim, and its plot in docs/; without numbers: of all
+    python measure/claims.py pictures          samples of the scripts, docs/samples-SCRIPT.png
 
-The runs take four to five hours on two cores; stopped, they go on where they were. One thread each makes their figures
+The runs take HOURS on two cores; stopped, they go on where they were. One thread each makes their figures
 the same on every machine of a kind, all but the minutes. The plots need matplotlib.
 """
 import functools
@@ -55,6 +55,10 @@ JOBS = {
     "lsgan": Run("lsgan", 9000, 1000),
     "ebgan": Run("ebgan", 6000, 1000),
     "progan": Run("progan", 8750, 1250, SMALL),
+    "sngan": Run("related/sngan", 6000, 1000),
+    "dragan": Run("related/dragan", 6000, 1000),
+    "ctgan": Run("related/ctgan", 2500, 500),
+    "ls_gan": Run("related/ls_gan", 6000, 1000),
     # 7
     "wgan_gp-rmsprop": Run("wgan_gp", 2000, 500, seeds=(0,), edits={
         f"    opt_{name} = torch.optim.Adam({weights}, lr, (beta1, beta2), fused=True, capturable=record)":
@@ -95,7 +99,17 @@ JOBS = {
     "wgan_gp-one-sided": Run("wgan_gp", 2000, 500, edits={
         "            penalty = (grad_norm(D, x_hat) - 1) ** 2":
         "            penalty = (grad_norm(D, x_hat) - 1).relu() ** 2"}),
+    # 14
+    "ctgan-1000": Run("related/ctgan", 2500, 500, "--examples 1000"),
+    "wgan_gp-1000": Run("wgan_gp", 2500, 500, edits={
+        "    images = load_images(dataset, digit, size, root, channels)":
+        "    images = load_images(dataset, digit, size, root, channels)[:1000]"}),
+    # 15
+    "dragan-without-penalty": Run("related/dragan", 6000, 1000, "--lam 0"),
+    # 16
+    **{f"ls_gan-slope-{slope}": Run("related/ls_gan", 6000, 1000, f"--slope {slope}") for slope in (0.2, 0.5, 1)},
 }
+SCRIPTS = [Path(name.replace(".", "/")).name for name in evaluate.SCRIPTS]     # each is the name of a job, too
 
 
 def script_of(name):
@@ -128,7 +142,8 @@ def train(name, seed):
         subprocess.run([sys.executable, script_of(name), "--root", PROJECT / "data", "--device", "cpu",
                         "--seed", str(seed), "--out", last.parent, "--steps", str(job.steps),
                         "--keep", "--save-every", str(job.every), *job.flags.split()],
-                       stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                       stdout=subprocess.DEVNULL,
+                       env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)})
         if not last.exists():
             raise ValueError(f"{last} was not written: see above, or, if the run is beyond it, remove {last.parent}")
     print(f"{name} {seed}: {job.steps} steps are done", flush=True)
@@ -223,6 +238,29 @@ def compared(*jobs, columns=()):
                      " ".join(f"{each['seconds'] / 60:.0f}" for each in several)])
     table(["run", "steps", "Fréchet distance, by seeds", "mean ± deviation", "precision", "recall", "entropy",
            *columns, "minutes"], *rows)
+
+
+def along(number, shown, *jobs):
+    """A table of the Fréchet distances of all seeds after so many steps, and their plot by steps and by minutes"""
+    figure, (left, right) = plot(2)
+    rows = []
+    for name, colour in zip(jobs, ("#c0392b", "#1f4e79", "#2e8b57")):
+        steps = range(JOBS[name].every, JOBS[name].steps + 1, JOBS[name].every)
+        for seed in JOBS[name].seeds:
+            distances, checkpoints = zip(*(distance(name, seed, step) for step in steps))
+            minutes = [each["run"][1] / 60 for each in checkpoints]
+            for axes, where in ((left, list(steps)), (right, minutes)):
+                axes.plot(where, distances, "o-", markersize=3, color=colour,
+                          label=name if seed == 0 else None)
+            found = dict(zip(steps, distances))
+            rows.append([f"{name}, seed {seed}", *(f"{found[step]:.1f}" if step in found else "" for step in shown),
+                         f"{60000 * minutes[-1] / steps[-1]:.0f}"])
+    table(["run", *(f"after {step:,} steps" for step in shown), "ms per step"], *rows)
+    for axes, what in ((left, "generator updates"), (right, "minutes, one thread")):
+        axes.set(xlabel=what, ylabel="Fréchet distance", yscale="log")
+        logarithmic(axes.yaxis)
+        axes.legend()
+    save(figure, number)
 
 
 def plot(columns=1, width=8):
@@ -447,9 +485,9 @@ def claim_5():
 def claim_6():
     """Ten digits: which classes are there; the table of the README"""
     rows = []
-    for name in evaluate.SCRIPTS:
+    for name in SCRIPTS:
         several = [judged(name, seed) for seed in JOBS[name].seeds]
-        rows.append([f"{name}.py", f"{JOBS[name].steps:,}",
+        rows.append([f"{JOBS[name].script}.py", f"{JOBS[name].steps:,}",
                      " ".join(f"{each['seconds'] / 60:.0f}" for each in several),
                      " ".join(f"{each['Fréchet']:.1f}" for each in several),
                      *(of(several, key) for key in ("Fréchet", "precision", "recall")),
@@ -466,25 +504,7 @@ def claim_6():
 
 def claim_7():
     """WGAN-GP against WGAN, by steps and by time; and with WGAN's optimizer"""
-    figure, (left, right) = plot(2)
-    rows = []
-    for name, colour in (("wgan", "#c0392b"), ("wgan_gp", "#1f4e79"), ("wgan_gp-rmsprop", "#2e8b57")):
-        steps = range(JOBS[name].every, JOBS[name].steps + 1, JOBS[name].every)
-        for seed in JOBS[name].seeds:
-            distances, checkpoints = zip(*(distance(name, seed, step) for step in steps))
-            minutes = [each["run"][1] / 60 for each in checkpoints]
-            for axes, where in ((left, list(steps)), (right, minutes)):
-                axes.plot(where, distances, "o-", markersize=3, color=colour,
-                          label=name if seed == 0 else None)
-            found = dict(zip(steps, distances))
-            rows.append([f"{name}, seed {seed}", *(f"{found[step]:.1f}" if step in found else ""
-                         for step in (500, 1000, 2000, 4000)), f"{60000 * minutes[-1] / steps[-1]:.0f}"])
-    table(["run", *(f"after {step:,} steps" for step in (500, 1000, 2000, 4000)), "ms per step"], *rows)
-    for axes, what in ((left, "generator updates"), (right, "minutes, one thread")):
-        axes.set(xlabel=what, ylabel="Fréchet distance", yscale="log")
-        logarithmic(axes.yaxis)
-        axes.legend()
-    save(figure, 7)
+    along(7, (500, 1000, 2000, 4000), "wgan", "wgan_gp", "wgan_gp-rmsprop")
 
 
 def claim_8():
@@ -517,6 +537,26 @@ def claim_12():
     compared(("wgan_gp", 2000), ("wgan_gp-one-sided", 2000))
 
 
+def claim_13():
+    """SNGAN against WGAN-GP, by steps and by time"""
+    along(13, (1000, 2000, 4000), "sngan", "wgan_gp")
+
+
+def claim_14():
+    """CT-GAN against WGAN-GP on 1,000 images"""
+    compared(*((name, steps) for steps in (500, 1500, 2500) for name in ("wgan_gp-1000", "ctgan-1000")))
+
+
+def claim_15():
+    """DRAGAN's penalty against none"""
+    compared(*((name, steps) for steps in (1000, 6000) for name in ("dragan", "dragan-without-penalty")))
+
+
+def claim_16():
+    """GLS-GAN's slope, from 0, LS-GAN, to 1, WGAN"""
+    compared(*((name, 6000) for name in ("ls_gan", "ls_gan-slope-0.2", "ls_gan-slope-0.5", "ls_gan-slope-1")))
+
+
 def draw(file, *runs):
     """docs/FILE.png: the first images of seed 0 of each (name, how many), in rows of 24"""
     images = []
@@ -529,7 +569,7 @@ def draw(file, *runs):
 
 def pictures():
     """The first 48 images of seed 0 of every script"""
-    for name in evaluate.SCRIPTS:
+    for name in SCRIPTS:
         draw(f"samples-{name}", (name, 48))
 
 
@@ -541,9 +581,9 @@ def main(words):
         return train_all(words[1:] or JOBS)
     if words == ["pictures"]:
         return pictures()
-    if not set(words) <= set(map(str, range(1, 13))):
-        raise ValueError(f"train, pictures, or numbers of claims, 1 to 12, not {' '.join(words)}")
-    for number in words or range(1, 13):
+    if not set(words) <= set(map(str, range(1, 17))):
+        raise ValueError(f"train, pictures, or numbers of claims, 1 to 16, not {' '.join(words)}")
+    for number in words or range(1, 17):
         claim = globals()[f"claim_{number}"]
         print(f"\n{number}. {claim.__doc__}\n")
         claim()

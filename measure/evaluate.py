@@ -39,7 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 from swd import side_of, swd  # noqa: E402
 
-SCRIPTS = "wgan", "wgan_gp", "lsgan", "ebgan", "progan"
+SCRIPTS = ("wgan", "wgan_gp", "lsgan", "ebgan", "progan",
+           "related.sngan", "related.dragan", "related.ctgan", "related.ls_gan")
 
 
 # ---- The classifier ----------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""What one script has and another lacks, without comments and docstrings: python measure/stripped.py wgan wgan_gp"""
+"""What one script has and another lacks, without comments and docstrings
+
+    python measure/stripped.py wgan wgan_gp
+    python measure/stripped.py wgan_gp related.dragan
+"""
 import ast
 import difflib
 import io
@@ -11,7 +15,7 @@ TOP = Path(__file__).resolve().parent.parent
 
 def stripped(name):
     """The lines of a script without comments, docstrings, empty lines and alignment"""
-    source = (TOP / f"{name}.py").read_text(encoding="utf-8")
+    source = (TOP / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
     lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:

@@ -27,8 +27,9 @@ from truth import assert_same, training
 TOP = Path(__file__).resolve().parent.parent
 FOUR = ["wgan", "wgan_gp", "lsgan", "ebgan"]
 SCRIPTS = [*FOUR, "progan"]
+RELATED = ["related.sngan", "related.dragan", "related.ctgan", "related.ls_gan"]
 TINY = dict(digit=7, size=16, nz=8, batch_size=8, device="cpu")
-SMALL = dict.fromkeys(FOUR, dict(width=2)) | dict(progan=dict(fmap_max=3, kimg=0.008))     # grows after every step
+SMALL = dict(progan=dict(fmap_max=3, kimg=0.008))           # grows after every step
 KILLS = int(os.environ.get("KILLS", 1))                     # KILLS=20 python -m pytest -k kill
 
 
@@ -37,13 +38,13 @@ def script(request):
     return importlib.import_module(request.param)
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=SCRIPTS + RELATED)
 def each(request):
     return importlib.import_module(request.param)
 
 
 def tiny(script):
-    return TINY | SMALL[script.__name__]
+    return TINY | SMALL.get(script.SCRIPT, dict(width=2))
 
 
 def flags(settings):
@@ -80,7 +81,7 @@ def content(folder):
 
 def test_a_run_writes_its_files(script, capsys):
     main(script, "--steps 7 --save-every 3")
-    name = script.__name__
+    name = script.SCRIPT
     folder = Path("runs", f"{name}-mnist-7")
     assert " ".join(sorted(p.name for p in folder.iterdir())) == (
         ".run 000003.png 000006.png 000007.png checkpoint.pt curve.png log.csv real.png training.gif")
@@ -190,7 +191,7 @@ def test_files_without_a_checkpoint_do_not_matter(script):
 def test_a_copy_beside_common_alone_runs_and_goes_on_after_a_kill_at_any_moment(attempt):
     running = []
     for script in map(importlib.import_module, ("wgan_gp", "progan")):
-        name, out = script.__name__, Path(script.__name__, "runs", f"{script.__name__}-mnist-7")
+        name, out = script.SCRIPT, Path(script.SCRIPT, "runs", f"{script.SCRIPT}-mnist-7")
         Path(name).mkdir()
         for file in (script.__file__, TOP / "common.py"):
             shutil.copy(file, name)
@@ -272,7 +273,7 @@ def test_how_a_step_is_made_is_this_runs_not_the_checkpoints(script):
     groups, checkpoint = script.read("run")["opt_D"]["param_groups"], script.read("run")
     for name in ("opt_G", "opt_D"):                         # as saved by a recorded run on CUDA
         checkpoint[name]["param_groups"][0].update(capturable=True)
-    torch.save({script.__name__: checkpoint}, "run/checkpoint.pt")
+    torch.save({script.SCRIPT: checkpoint}, "run/checkpoint.pt")
     main(script, "--steps 3 --out run")
     assert_same(script.read("run")["opt_D"]["param_groups"], groups)
 
@@ -299,7 +300,7 @@ def test_what_may_change_is_said_and_a_moved_folder_is_the_same(script, capsys):
     script.train(**settings | dict(batch_size=3), dataset="./mine/", steps=4)
     out = capsys.readouterr().out
     assert "batch_size 8 -> 3 from step 4 on" in out and "images 4 -> 5 from step 4 on" in out
-    assert [row["step"] for row in rows(f"runs/{script.__name__}-mine")] == ["2", "3", "4"]
+    assert [row["step"] for row in rows(f"runs/{script.SCRIPT}-mine")] == ["2", "3", "4"]
 
 
 def test_pictures_of_a_run_that_was_killed_early_are_no_images(script, capsys, monkeypatch):
@@ -369,7 +370,7 @@ def test_what_a_terminal_cannot_show_is_replaced(each, monkeypatch, encoding):
         each.main(flags(settings | dict(dataset="фото", steps=1)))
         stdout.flush()
     shown = stdout.buffer.getvalue().decode(encoding)
-    assert end.value.code == 0 and f"run folder: runs/{each.__name__}-????" in shown
+    assert end.value.code == 0 and f"run folder: runs/{each.SCRIPT}-????" in shown
 
 
 def test_in_a_notebook_and_in_a_package(each):
@@ -438,11 +439,12 @@ def test_errors_are_one_sentence(script, capsys, args, word):
     Path("file").write_text("a file")
     main(script, f"--steps 1 {args}", status=2)
     err = capsys.readouterr().err
-    assert word in err and len(err.splitlines()) == 1 and err.startswith(f"{script.__name__}.py: ")
+    assert word in err and len(err.splitlines()) == 1 and err.startswith(f"{script.SCRIPT}.py: ")
     assert Path("file").read_text() == "a file" and not list(Path().rglob("*.pt"))
 
 
 @pytest.mark.parametrize("args", ["wgan --n-critic 0", "wgan_gp --n-critic 0", "lsgan --width 0", "ebgan --width 0",
+    "related.sngan --n-dis 0", "related.ctgan --examples 0", "related.ls_gan --c nan",
     "progan --kimg 0", "progan --gamma 1e200", "progan --fmap-max 0", "progan --size 2048"])
 def test_errors_in_a_papers_own_settings(capsys, args):
     name, flag, value = args.split()
@@ -500,7 +502,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(sc
         place[last] = value
         if value is None:
             del place[last]
-    torch.save({script.__name__: checkpoint}, "run/checkpoint.pt")
+    torch.save({script.SCRIPT: checkpoint}, "run/checkpoint.pt")
     before = content("run")
     for args in ("--steps 4", "--generate 2")[:1 if where[:3] in ("run", "D", "opt") else 2]:
         capsys.readouterr()
@@ -539,7 +541,7 @@ def test_own_images_train(script):
     settings = {name: value for name, value in tiny(script).items() if name != "digit"}
     script.train(**settings, dataset=Path("mine"), steps=1)         # a path is as good as a string
     script.train(**settings, dataset="mine", steps=2)
-    assert Image.open(f"runs/{script.__name__}-mine/000001.png").mode == "RGB"
+    assert Image.open(f"runs/{script.SCRIPT}-mine/000001.png").mode == "RGB"
     script.train(**settings, dataset="mine", steps=1, channels=1, out=Path("grey"))
     assert Image.open("grey/000001.png").mode == "L"
 
@@ -551,7 +553,7 @@ sys.path.insert(0, {str(TOP)!r})
 state = lambda: (torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state()),
                  torch.get_num_threads(), torch.is_grad_enabled(), signal.getsignal(signal.SIGINT))
 before = state()
-import {', '.join(SCRIPTS)}
+import {', '.join(SCRIPTS + RELATED)}
 assert state() == before
 """
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -570,19 +572,20 @@ def test_help_explains_every_setting(each, capsys):
         assert f"--{setting.replace('_', '-')}" in text
 
 
-@pytest.mark.parametrize("block", [
-    "import re\n.*# ---- Networks", "class Generator.*?nn.Tanh", "    # The networks\n.*?steps=",
-    "    seed=0,.*?record=", "    device, channels.*?    G = ", "    run = Run.*?    for step in run:",
-    "# ---- The run: .*"])
-def test_what_the_four_share_is_the_same_to_the_letter(block):
-    texts = [(TOP / f"{name}.py").read_text(encoding="utf-8") for name in FOUR]
+@pytest.mark.parametrize("names, block", [
+    *((FOUR, block) for block in ("import re\n.*# ---- Networks", "    # The networks\n.*?steps=")),
+    *((FOUR + RELATED, block) for block in ("class Generator.*?nn.Tanh", "    seed=0,.*?record=",
+        "    device, channels.*?    G = ", "    run = Run.*?    for step in run:", "# ---- The run: .*")),
+    (["wgan_gp", "related.dragan", "related.ctgan"], "def grad_norm.*?\n\n")])
+def test_what_scripts_share_is_the_same_to_the_letter(names, block):
+    texts = [Path(importlib.import_module(name).__file__).read_text(encoding="utf-8") for name in names]
     assert len({re.search(block, text, re.DOTALL)[0] for text in texts}) == 1
 
 
 # ---- CUDA ----
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("script", FOUR, indirect=True)
+@pytest.mark.parametrize("script", FOUR + RELATED, indirect=True)
 def test_recorded_steps_equal_eager_ones_also_after_a_stop(script, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)        # so that they can be compared closely
@@ -599,11 +602,11 @@ def test_recorded_steps_equal_eager_ones_also_after_a_stop(script, monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+@pytest.mark.parametrize("script", SCRIPTS + RELATED, indirect=True)
 def test_a_checkpoint_moves_between_cpu_and_cuda(script):
     main(script, "--steps 2 --out run")
     main(script, "--steps 4 --out run --device cuda")
-    main(script, f"--steps 8 --out run --device cuda {'--record' if script.__name__ in FOUR else ''}")
+    main(script, f"--steps 8 --out run --device cuda {'--record' if script.SCRIPT != 'progan' else ''}")
     main(script, "--steps 9 --out run --device cpu")
     assert script.read("run")["run"][0] == 9
     shown = []
@@ -615,13 +618,13 @@ def test_a_checkpoint_moves_between_cpu_and_cuda(script):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+@pytest.mark.parametrize("script", SCRIPTS + RELATED, indirect=True)
 def test_images_that_do_not_fit_are_copied_batch_by_batch(script, monkeypatch, capsys):
     main(script, "--steps 3 --out resident --device cuda")
     free = common.free_memory
     monkeypatch.setattr(common, "free_memory", lambda device="cpu": free() if device == "cpu" else 1000)
     main(script, "--steps 3 --out copied --device cuda")
     assert script.read("copied")["run"][0] == 3
-    if script.__name__ in FOUR:
+    if script.SCRIPT != "progan":
         main(script, "--steps 9 --out recorded --device cuda --record", status=2)
         assert "--record needs the images in the GPU's memory" in capsys.readouterr().err

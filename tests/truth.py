@@ -86,14 +86,16 @@ class LinearAutoencoder(nn.Module):
 # ---- Optimizers, in float64 ----
 
 class Adam:
-    """Kingma & Ba, Algorithm 1"""
+    """Kingma & Ba, Algorithm 1, of the loss + decay/2 ‖w‖²"""
     moment = "exp_avg_sq"
 
-    def __init__(self, lr, beta1, beta2):
+    def __init__(self, lr, beta1, beta2, decay=0):
         self.lr, self.beta1, self.beta2, self.t, self.m, self.v = lr, beta1, beta2, 0, 0, 0
+        self.decay = decay
 
     def step(self, w, g):
-        self.g = g
+        self.g = g                                          # without the decay, as .grad is
+        g = g + self.decay * w
         self.t += 1
         self.m = self.beta1 * self.m + (1 - self.beta1) * g
         self.v = self.beta2 * self.v + (1 - self.beta2) * g**2
@@ -118,7 +120,7 @@ class Drawn:
     def __init__(self, monkeypatch, script, side=2, **networks):
         pixels = np.random.default_rng(0).integers(0, 256, (50, 1, side, side))
         self.images = torch.tensor(pixels, dtype=torch.uint8)
-        self.numbers = {"randint": [], "randn": [], "rand": []}
+        self.numbers = {"randint": [], "randn": [], "rand": [], "rand_like": []}
         for name in self.numbers:
             monkeypatch.setattr(torch, name, self.recorded(name, getattr(torch, name)))
         monkeypatch.setattr(script, "load_images", lambda *_, **__: self.images)
@@ -193,7 +195,8 @@ def described(layers):
             (k, _), (s, _), (p, _) = layer.kernel_size, layer.stride, layer.padding
             bias = "" if layer.bias is None else "+bias"
             return f"{layer.in_channels}-{layer.out_channels} k{k} s{s} p{p}{bias}"
-        details = dict(BatchNorm2d=["num_features", "eps", "momentum", "affine"], LeakyReLU=["negative_slope"])
+        details = dict(BatchNorm2d=["num_features", "eps", "momentum", "affine"], LeakyReLU=["negative_slope"],
+                       Dropout=["p"])
         name = type(layer).__name__
         return " ".join([name, *(str(getattr(layer, key)) for key in details.get(name, ()))])
     return [line(layer) for layer in layers]

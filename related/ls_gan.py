@@ -1,0 +1,280 @@
+"""LS-GAN, "Loss-Sensitive Generative Adversarial Networks on Lipschitz Densities", https://arxiv.org/abs/1701.06264
+Guo-Jun Qi (2017; equations and Algorithm 1 are those of version 3).  Not least squares, which are lsgan.py's
+
+D (L_θ in the paper) is a loss, low on real images. It is to be lower on a real image than on a generated one by a
+margin Δ, their distance: where G(z) is close to x little is asked, and D works on images that are still bad.
+
+    min_θ E[L_θ(x)] + λ E[(Δ(x, G(z)) + L_θ(x) - L_θ(G(z)))₊]      (6)        min_φ E[L_θ(G_φ(z))]      (7)
+
+Differs from the paper, or from its author's code:
+- Weight decay keeps L_θ smooth in the paper, whose text names clipping instead; in the author's first code neither,
+  in that of GLS-GAN clipping at 0.08 after D's update, as here. The paper's: --c 1000 --weight-decay 0.001, with
+  decays and λ found by cross-validation (0.25 to 2, 0.5 to 2).
+- Δ is 0.0002 times the sum of 3x64x64 differences in his code. τ keeps that for the same mean difference at any
+  size; with 0.0002 times the sum on MNIST, 12 times less, G collapsed.
+- E[L_θ(x)] has the weight 1 in (6), 0 in his code (--gamma 0), whose pairs are x_i and G(z_i) only; (8) has all.
+- lr is that of his code; the paper's, 0.001, falls by epochs. Networks, z and batches: wgan.py's. --width 16,
+  --steps 6000, for two CPU cores and minutes; his code: 25 epochs.
+Measured: `python -m related.ls_gan --dataset mnist --digit 7`: not yet."""
+import re
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from inspect import getsource, signature
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import cuda, nn
+from common import (batches, channels_of, checked, claim, compare, find_device, fitting, in_one_sentence,
+                    load_images, name_of, next_image, replacing, run_folder, same_shapes, save_animation,
+                    save_curve, save_each, save_images, stop_signals)
+
+# ---- Networks: 4x4 kernels, as in WGAN's code; from 4x4 pixels on every layer doubles or halves the image --------
+class Generator(nn.Sequential):
+    """G(z): latents -> images in [-1, 1].  (m, nz) -> (m, channels, size, size).  ValueError for another size"""
+    def __init__(self, nz=100, channels=1, size=32, width=16):
+        if size not in (16, 32, 64, 128, 256):
+            raise ValueError(f"--size must be 16, 32, 64, 128 or 256, not {size}")
+        n = width * size // 8
+        layers = [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, n, 4, 1, 0, bias=False)]      # (m, n, 4, 4)
+        while n > width:
+            layers += [nn.BatchNorm2d(n), nn.ReLU(True), nn.ConvTranspose2d(n, n // 2, 4, 2, 1, bias=False)]
+            n //= 2                                             # (m, n, 8, 8), ..., (m, width, size/2, size/2)
+        layers += [nn.BatchNorm2d(n), nn.ReLU(True), nn.ConvTranspose2d(n, channels, 4, 2, 1, bias=False)]
+        super().__init__(*layers, nn.Tanh())                    # (m, channels, size, size)
+        self.apply(init)
+
+
+class Discriminator(nn.Sequential):
+    """D(x) = L_θ(x): images -> losses, low on real ones.  (m, channels, size, size) -> (m,)"""
+    def __init__(self, channels=1, size=32, width=16):
+        n = width
+        layers = [nn.Conv2d(channels, n, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]   # (m, n, size/2, size/2)
+        while n < width * size // 8:
+            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * n), nn.LeakyReLU(0.2)]
+            n *= 2                                              # (m, n, size/4, size/4), ..., (m, n, 4, 4)
+        super().__init__(*layers, nn.Conv2d(n, 1, 4, 1, 0, bias=False), nn.Flatten(0))      # (m, 1, 1, 1), (m,)
+        self.apply(init)
+
+
+def init(layer):                # as DCGAN does: weights N(0, 0.02), those of batch norm N(1, 0.02)
+    if hasattr(layer, "weight"):
+        nn.init.normal_(layer.weight, 1 if isinstance(layer, nn.BatchNorm2d) else 0, 0.02)
+
+
+# ---- The margin --------------------------------------------------------------------------------------------------
+def margin(x, x_tilde, tau):
+    """Δ = τ ‖x - x_tilde‖₁ of all pairs, the sum over all pixels.  (n, ...), (m, ...) -> (n, m)"""
+    return tau * torch.cdist(x.flatten(1), x_tilde.flatten(1), p=1)
+
+
+# ---- Algorithm 1 -------------------------------------------------------------------------------------------------
+@checked
+def train(
+    lam=1.0,                # λ         weight of the hinge
+    gamma=1.0,              #           weight of E[L_θ(x)]: 1 in (6), 0 in the author's code
+    tau=2.4576,             # τ         Δ is this times the mean |x - x_tilde| of all values of a pair of images
+    slope=0.0,              #           of the hinge below 0, for GLS-GAN.  0: LS-GAN, 1: WGAN
+    c=0.08,                 #           the weights of D are clipped to [-c, c]
+    weight_decay=0.0,       # γ         weight decay, as the gradient of γ/2 ‖·‖²: of D's weights, and of G's
+    lr=1e-4,                #           Adam: step size
+    beta1=0.5,              # β₁        Adam: decay of the first moment
+    beta2=0.999,            #           Adam: decay of the second moment
+    batch_size=64,          # n, m      images per batch
+    # The networks
+    nz=100,                 # z         dimensions of the latent variable
+    width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: as in WGAN's code
+    # The images
+    dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
+    digit: int = None,      #           only this class, 0 to 9
+    root: str = None,       #           where data sets are kept (data/ beside common.py)
+    size=32,                #           width and height in pixels: 16, 32, 64, 128 or 256
+    channels: int = None,   #           1 grey, 3 RGB (what the data set has; a folder: 3)
+    # The run
+    steps=6000,             #           updates of D, and of G
+    seed=0,                 #           of every random number but the pictures' latents
+    device="auto",          #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
+    out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
+    save_every=100,         #           steps between rows of the log, pictures and checkpoints
+    keep=False,             #           keep every checkpoint beside its picture: 000100.pt, 000200.pt, ...
+    record=False,           #           CUDA: record one step as a graph and replay it
+):
+    """Algorithm 1.  Returns G, D.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
+    device, channels, dataset = find_device(device), channels_of(dataset, channels), str(dataset)
+    config = Namespace(**locals())
+    torch.manual_seed(seed)
+    fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
+    G = Generator(nz, channels, size, width).to(device, memory_format=torch.channels_last)
+    D = Discriminator(channels, size, width).to(device, memory_format=torch.channels_last)
+    theta, w = list(G.parameters()), list(D.parameters())
+    opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), weight_decay=weight_decay, fused=True, capturable=record)
+    opt_D = torch.optim.Adam(w, lr, (beta1, beta2), weight_decay=weight_decay, fused=True, capturable=record)
+    images = load_images(dataset, digit, size, root, channels)
+    config.images = len(images)
+    P_r = batches(images, batch_size, device, resident=record)
+    run = Run(config, fixed_z, next(P_r)[:64], G=G, D=D, opt_G=opt_G, opt_D=opt_D)
+
+    for step in run:                                      # repeat   (with one update of θ for each of φ)
+        x = next(P_r)                                     #   x_1, ..., x_n ~ P_data
+        z = torch.randn(len(x), nz, device=device)        #   z_1, ..., z_m ~ P_z
+        with torch.no_grad():
+            x_tilde = G(z)
+        # Two passes: G's step shows D a batch of generated images, and batch norm must see the same here.
+        L_x, L_x_tilde = D(x), D(x_tilde)
+        a = margin(x, x_tilde, tau / x[0].numel()) + L_x[:, None] - L_x_tilde       # (n, m)
+        hinge = torch.maximum(a, slope * a).mean(1)       #   (Δ(x_i, G(z_j)) + L_θ(x_i) − L_θ(G(z_j)))₊
+        L_D = gamma * L_x + lam * hinge
+        opt_D.zero_grad()
+        L_D.mean().backward(inputs=w)                     #   descend θ by (8), 1/n Σ L_θ(x_i) + λ/nm Σ (...)₊,
+        opt_D.step()                                      #     with weight decay
+        with torch.no_grad():
+            for each in w:
+                each.clamp_(-c, c)                        #   clip θ to [−c, c]  (in the author's later code)
+        z = torch.randn(batch_size, nz, device=device)    #   z′_1, ..., z′_k ~ P_z
+        L_G = D(G(z))
+        opt_G.zero_grad()
+        L_G.mean().backward(inputs=theta)                 #   descend φ by (9), 1/k Σ L_θ(G_φ(z′_i)),
+        opt_G.step()                                      #     with weight decay
+        run.log(L_D=L_D.mean(), L_G=L_G.mean(), hinge=hinge.mean(), real=L_x.mean())
+    return G.eval(), D
+
+
+# ---- The run: the same in every script; nothing below is in the paper --------------------------------------------
+SCRIPT = Path(globals().get("__file__", "notebook")).stem
+MAY_CHANGE = {"steps", "save_every", "keep", "record", "device", "root", "out"}     # when a run goes on
+
+
+class Run:
+    """for step in run: the steps still to be made; the very first is 1.  parts: all that has a state_dict"""
+    def __init__(self, config, fixed_z, real, **parts):
+        self.config, self.fixed_z, self.parts = config, fixed_z, parts
+        self.settings = {key: it for key, it in vars(config).items() if key not in MAY_CHANGE}
+        self.settings["dataset"] = name_of(config.dataset)
+        self.out = run_folder(SCRIPT, config)
+        self.lock = claim(self.out)
+        self.step, self.time, self.rows, self.sums = 0, 0.0, [], {}
+        self.random = [torch, cuda] if fixed_z.is_cuda else [torch]
+        if Path(self.out, "checkpoint.pt").exists():
+            saved = read(self.out)
+            with fitting(self.out, SCRIPT):
+                compare(saved, self.settings, self.out)
+                for name, part in parts.items():
+                    if name.startswith("opt"):              # lr, fused, capturable are those of this run
+                        saved[name]["param_groups"] = part.state_dict()["param_groups"]
+                    part.load_state_dict(saved[name])
+                same_shapes(parts["opt_G"], parts["opt_D"])
+                self.step, self.time, self.rows, states = saved["run"]
+                for each, state in zip(self.random, states):
+                    each.set_rng_state(state)
+        save_images(real, self.out / "real.png")
+        print(f"device: {fixed_z.device}\nrun folder: {self.out}\n{self.step} of {config.steps} steps are done")
+
+    def __iter__(self):
+        config, first = self.config, self.step
+        self.since, self.begin = self.step, perf_counter() - self.time
+        with stop_signals() as stop:
+            for self.step in range(first + 1, config.steps + 1):
+                yield from self.recorded(first) if config.record else [self.step]
+                if stop or self.step == config.steps or self.step % config.save_every == 0:
+                    self.save()
+                    if stop:
+                        break
+        save_animation(self.out)
+        if stop:
+            raise KeyboardInterrupt
+
+    def recorded(self, first):
+        """--record: three steps run on a side stream; the fourth is only recorded; from it on all are replays"""
+        number = self.step - first
+        if number == 1:
+            self.graph, self.stream = cuda.CUDAGraph(), cuda.Stream()
+        context = cuda.stream(self.stream)
+        if number == 4:
+            context = cuda.graph(self.graph, stream=self.stream)
+        if number <= 4:
+            cuda.synchronize()
+            with context:
+                yield self.step
+            cuda.synchronize()
+        if number >= 4:
+            self.graph.replay()
+
+    def log(self, **losses):
+        """Adds up a step's losses, scalar tensors; a row of the log has their means"""
+        for name, loss in losses.items():
+            self.sums.setdefault(name, torch.zeros_like(loss)).add_(loss.detach())
+
+    @torch.no_grad()
+    def save(self):
+        """A row, the pictures, when these are there, the checkpoint, and then a line: its reader may have gone"""
+        count, self.since = self.step - self.since, self.step
+        means = {name: total.item() / count for name, total in self.sums.items()}
+        for total in self.sums.values():
+            total.zero_()                                   # in place: a recorded step adds to it
+        self.time = perf_counter() - self.begin
+        self.rows.append(dict(step=self.step, seconds=self.time, **means))
+        save_curve(self.rows, self.out)                     # ValueError if a loss is not finite
+        G = self.parts["G"].eval()                          # by running statistics an image depends on its z alone
+        save_images(G(self.fixed_z), self.out / f"{self.step:06d}.png")
+        G.train()
+        saved = {name: part.state_dict() for name, part in self.parts.items()}
+        states = [each.get_rng_state() for each in self.random]
+        saved |= dict(settings=self.settings, run=(self.step, self.time, self.rows, states))
+        for name in (f"{self.step:06d}.pt", "checkpoint.pt"):
+            if self.config.keep or name == "checkpoint.pt":
+                with replacing(self.out / name) as file:
+                    torch.save({SCRIPT: saved}, file)
+        left = self.time * (self.config.steps / self.step - 1) / 60
+        losses = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+        speed = f"{self.step / self.time:.1f} steps/s  {left:.0f} min left"
+        print(f"step {self.step}/{self.config.steps}  {losses}  {speed}", flush=True)
+
+
+def read(path):
+    """The checkpoint in a run folder, or a file that --keep wrote.  ValueError if there is no good one"""
+    if Path(path).is_dir():
+        path = Path(path, "checkpoint.pt")
+    with fitting(path, SCRIPT):
+        return torch.load(path, map_location="cpu", weights_only=True)[SCRIPT]
+
+
+def load(path):
+    """The generator of what read() finds, on the CPU: z ~ N(0, 1), (n, nz) -> images in [-1, 1], (n, C, H, W)"""
+    saved = read(path)
+    with fitting(path, SCRIPT):
+        G = Generator(*(saved["settings"][name] for name in ("nz", "channels", "size", "width")))
+        G.load_state_dict(saved["G"])
+    return G.eval().requires_grad_(False)
+
+
+@checked
+def generate(path, n, device="auto", seed=0):
+    """Writes n more images of what read() finds, image i by seed and i alone, and returns their folder"""
+    G, settings, device = load(path), read(path)["settings"], find_device(device)
+    (folder, first), noise = next_image(path, n), torch.Generator().manual_seed(seed)
+    z = torch.cat([torch.randn(64, settings["nz"], generator=noise) for _ in range(0, first + n, 64)]).to(device)
+    images = map(G.to(device), z[first:first + n].split(64))
+    return save_each(images, folder, first, settings.get("dataset"))
+
+
+@in_one_sentence(SCRIPT)
+def main(argv=None):
+    """The command line.  SystemExit: 2 after a user's mistake, with one sentence; 130 after Ctrl-C"""
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: {message}\n")
+    comments = dict(re.findall(r"^    (\w+).*?,  +# (.*)$", getsource(train), re.M))
+    for name, setting in signature(train).parameters.items():
+        kind = setting.annotation if setting.default is None else type(setting.default)
+        how = dict(action="store_true") if kind is bool else dict(type=kind)
+        how |= dict(default=setting.default, help=f"{comments[name]} ({setting.default})")
+        parser.add_argument("--" + name.replace("_", "-"), **how)
+    parser.add_argument("--generate", type=int, metavar="N", help="N images of the run in OUT")
+    args = parser.parse_args(argv)
+    n = vars(args).pop("generate")
+    if n is None:
+        train(**vars(args))
+    else:
+        generate(run_folder(SCRIPT, args), n, args.device, args.seed)
+
+
+if __name__ == "__main__":
+    main()
