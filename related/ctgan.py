@@ -3,15 +3,15 @@ Xiang Wei, Boqing Gong, Zixia Liu, Wei Lu, Liqiang Wang, https://arxiv.org/abs/1
 
 WGAN-GP's penalty looks at D's slope between real and generated images, and hardly near real ones. Dropout makes D
 random: two passes of one real image stand for two points near it, and D pays where it scores them differently. That
-also keeps it from learning few images by heart: try --examples 1000.
+also keeps it from learning a small data set by heart: try --examples 1000, the authors' number for MNIST.
 
     L = E[D(x_tilde)] - E[D(x)] + λ₁ E[(‖∇_x_hat D(x_hat)‖₂ - 1)²] + λ₂ E[CT]
-    CT = max(0, d(D(x), D(x)′) + 0.1 d(D₋(x), D₋(x)′) - M′)      D₋: the last layer but one;  ′: the second pass
+    CT = max(0, d(D(x), D(x)′) + 0.1 d(D₋(x), D₋(x)′) - M′)      D₋: the last layer but one;  D(x)′: a second pass
 
-Differs from the paper, or from its authors' code (whose steps the right-hand column has, not Algorithm 1):
-- d is the square of the difference, for D₋ its mean, as in the code; M′ comes off before λ₂, there after.
-- Networks, initialisation, z and batches are those of wgan_gp.py, which says how they differ from the authors'.
-- --width 16, --steps 2500, for two CPU cores and minutes; the authors: 50,000 steps.
+Differs from the paper, or from its authors' code (the right-hand column has the code's steps, not Algorithm 1's):
+- d is the squared difference (D₋: its mean), as in the code. M′ comes off before λ₂ multiplies, in the code after.
+- Networks, initialisation, z and batches are those of wgan_gp.py; CT-GAN's are WGAN-GP's authors'.
+- --width 16, --steps 2000, for two CPU cores and minutes; the authors: 50,000, with 1,000 images of MNIST, m = 50.
 Measured: `python -m related.ctgan --dataset mnist --digit 7`: not yet."""
 import re
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -62,14 +62,14 @@ def grad_norm(D, x):
 
 
 def consistency(D_x, D_x2, f_x, f_x2, m_prime=0.0):
-    """CT of every image, by two passes' scores and features D₋.  (m,), (m,), (m, ...), (m, ...) -> (m,)"""
+    """CT of every image, from the scores and features D₋ of two passes.  (m,), (m,), (m, ...), (m, ...) -> (m,)"""
     return ((D_x - D_x2) ** 2 + 0.1 * (f_x - f_x2).square().flatten(1).mean(1) - m_prime).relu()
 
 
 # ---- WGAN-GP's Algorithm 1 with the consistency term -------------------------------------------------------------
 @checked
 def train(
-    # As in the authors' code for MNIST
+    # As in the authors' code for MNIST, but for m
     lam1=10.0,              # λ₁        weight of the gradient penalty
     lam2=2.0,               # λ₂        weight of the consistency term
     m_prime=0.0,            # M′        differences up to it are free
@@ -87,9 +87,9 @@ def train(
     root: str = None,       #           where data sets are kept (data/ beside common.py)
     size=32,                #           width and height in pixels: 16, 32, 64, 128 or 256
     channels: int = None,   #           1 grey, 3 RGB (what the data set has; a folder: 3)
-    examples: int = None,   #           only the first so many of them
+    examples: int = None,   #           only the first so many images
     # The run
-    steps=2500,             #           generator updates
+    steps=2000,             #           generator updates
     seed=0,                 #           of every random number but the pictures' latents
     device="auto",          #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
@@ -97,7 +97,7 @@ def train(
     keep=False,             #           keep every checkpoint beside its picture: 000100.pt, 000200.pt, ...
     record=False,           #           CUDA: record one step as a graph and replay it
 ):
-    """As above.  Returns G, D.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
+    """With CT.  Returns G, D.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
     device, channels, dataset = find_device(device), channels_of(dataset, channels), str(dataset)
     config = Namespace(**locals())
     torch.manual_seed(seed)

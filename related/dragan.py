@@ -2,15 +2,15 @@
 Naveen Kodali, Jacob Abernethy, James Hays, Zsolt Kira
 
 When a GAN collapses, D is steep around real images. So D pays where the norm of its gradient near real images is
-not k, wherever generated ones are. The rest is the first GAN, with a D that gives logits. No batch norm in D: the
-penalty is each image's own.
+not k; where the generated ones are does not matter. The rest is the first GAN; D gives logits, as in the code. No
+batch norm in D: the penalty is each image's own.
 
-    L_D = E[-log σ(D(x))] + E[-log(1 - σ(D(G(z))))] + λ E[(‖∇_x D(x + δ)‖₂ - k)²]      (1)
+    L_D = E[-log σ(D(x))] + E[-log(1 - σ(D(G(z))))] + λ E[(‖∇_x D(x + δ)‖₂ - k)²]      (the last term: (1))
     L_G = E[-log σ(D(G(z)))]
 
 Differs from the paper, or from its authors' code:
-- δ is the noise of their notebook, 0.5 std(x) U[0, 1), which only brightens; its author has called that a bug, as
-  U[-1, 1) was meant, and the notebook's random step from x towards x + δ needless: it is not here. The paper has
+- δ is their notebook's noise, 0.5 std(x) U[0, 1), which only brightens; its author has called that a bug: U[-1, 1)
+  was meant. Without the notebook's random step from x towards x + δ, needless as its author says. The paper has
   N(0, cI), c = 10 suggested: a deviation of 3.2, which would drown pixels in [-1, 1].
 - Networks: those of wgan_gp.py, with its initialisation, on 32x32 pixels in [-1, 1]; the authors' for MNIST: fully
   connected, 128 hidden units, on 28x28 pixels in [0, 1]. z has 100 dimensions, N(0, 1); theirs: uniform on [-1, 1].
@@ -57,9 +57,9 @@ class Discriminator(nn.Sequential):
 
 
 # ---- The penalty's two parts -------------------------------------------------------------------------------------
-def perturb(x):
-    """x + δ, δ = 0.5 std(x) U[0, 1): std of the whole batch, U of every pixel its own.  (m, ...) -> (m, ...)"""
-    return x + 0.5 * x.std(correction=0) * torch.rand_like(x)
+def perturb(x, c=0.5):
+    """x + δ, δ = c std(x) U[0, 1): std of the whole batch, U of every pixel its own.  (m, ...) -> (m, ...)"""
+    return x + c * x.std(correction=0) * torch.rand_like(x)
 
 
 def grad_norm(D, x):
@@ -71,12 +71,13 @@ def grad_norm(D, x):
     return torch.linalg.vector_norm(grad.reshape(len(x), -1), dim=1)    # unlike sqrt(sum of squares), not nan at 0
 
 
-# ---- Equation (1) ------------------------------------------------------------------------------------------------
+# ---- The GAN with (1) --------------------------------------------------------------------------------------------
 @checked
 def train(
-    # As in the authors' code
+    # As in the authors' code, but for m
     lam=10.0,               # λ         weight of the gradient penalty
     k=1.0,                  # k         the norm that gradients should have
+    c=0.5,                  #           size of the noise, in standard deviations of the batch's pixels
     lr=1e-4,                #           Adam: step size
     beta1=0.5,              # β₁        Adam: decay of the first moment
     beta2=0.9,              # β₂        Adam: decay of the second moment
@@ -99,7 +100,7 @@ def train(
     keep=False,             #           keep every checkpoint beside its picture: 000100.pt, 000200.pt, ...
     record=False,           #           CUDA: record one step as a graph and replay it
 ):
-    """(1).  Returns G, D.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
+    """As above.  Returns G, D.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
     device, channels, dataset = find_device(device), channels_of(dataset, channels), str(dataset)
     config = Namespace(**locals())
     torch.manual_seed(seed)
@@ -119,17 +120,17 @@ def train(
         z = torch.randn(len(x), nz, device=device)            # z ~ p(z)
         with torch.no_grad():
             x_tilde = G(z)
-        norm = grad_norm(D, perturb(x))                       # ‖∇_x D(x + δ)‖₂
+        norm = grad_norm(D, perturb(x, c))                    # ‖∇_x D(x + δ)‖₂
         penalty = (norm - k) ** 2
         L_D = softplus(-D(x)) + softplus(D(x_tilde))          # −log σ(D(x)) − log(1 − σ(D(G(z))))
-        L_D = L_D + lam * penalty                             #   + λ (‖∇_x D(x + δ)‖₂ − k)²
+        L_D = L_D + lam * penalty                             #   + λ (‖∇_x D(x + δ)‖₂ − k)²      (1)
         opt_D.zero_grad()
-        L_D.mean().backward(inputs=w)                         # (1) min_D
+        L_D.mean().backward(inputs=w)                         # min_D
         opt_D.step()
         z = torch.randn(batch_size, nz, device=device)        # z ~ p(z), anew
         L_G = softplus(-D(G(z)))                              # −log σ(D(G(z)))
         opt_G.zero_grad()
-        L_G.mean().backward(inputs=theta)                     #     min_G
+        L_G.mean().backward(inputs=theta)                     # min_G
         opt_G.step()
         run.log(L_D=L_D.mean(), L_G=L_G.mean(), penalty=penalty.mean(), norm=norm.mean())
     return G.eval(), D

@@ -1,20 +1,19 @@
 """LS-GAN, "Loss-Sensitive Generative Adversarial Networks on Lipschitz Densities", https://arxiv.org/abs/1701.06264
-Guo-Jun Qi (2017; equations and Algorithm 1 are those of version 3).  Not least squares, which are lsgan.py's
+Guo-Jun Qi (2017; equations and Algorithm 1 are those of version 3).  Not the least squares GAN: that is lsgan.py
 
 D (L_θ in the paper) is a loss, low on real images. It is to be lower on a real image than on a generated one by a
-margin Δ, their distance: where G(z) is close to x little is asked, and D works on images that are still bad.
+margin Δ, their distance: where G(z) is close to x, little is asked, and D works on images that are still bad.
 
     min_θ E[L_θ(x)] + λ E[(Δ(x, G(z)) + L_θ(x) - L_θ(G(z)))₊]      (6)        min_φ E[L_θ(G_φ(z))]      (7)
 
 Differs from the paper, or from its author's code:
-- Weight decay keeps L_θ smooth in the paper, whose text names clipping instead; in the author's first code neither,
-  in that of GLS-GAN clipping at 0.08 after D's update, as here. The paper's: --c 1000 --weight-decay 0.001, with
-  decays and λ found by cross-validation (0.25 to 2, 0.5 to 2).
+- Clipping to 0.08 after D's update is from his GLS-GAN (a leaky hinge: --slope). The paper has weight decay, and
+  clipping as an alternative; his codes no decay. With it: --c 1000 --weight-decay 0.001 (our number).
 - Δ is 0.0002 times the sum of 3x64x64 differences in his code. τ keeps that for the same mean difference at any
-  size; with 0.0002 times the sum on MNIST, 12 times less, G collapsed.
-- E[L_θ(x)] has the weight 1 in (6), 0 in his code (--gamma 0), whose pairs are x_i and G(z_i) only; (8) has all.
-- lr is that of his code; the paper's, 0.001, falls by epochs. Networks, z and batches: wgan.py's. --width 16,
-  --steps 6000, for two CPU cores and minutes; his code: 25 epochs.
+  size; with 0.0002 times the sum on MNIST, a 12th of that, G collapsed.
+- E[L_θ(x)] has the weight 1 in (6), 0 in his code, whose pairs are x_i and G(z_i) only; (8) has all.
+- lr is that of his first code, 2e-4 in GLS-GAN's; the paper's, 0.001, falls by epochs. Networks, z and batches are
+  wgan.py's (his z: uniform). --width 16, --steps 6000, for two CPU cores and minutes; his code: 25 epochs.
 Measured: `python -m related.ls_gan --dataset mnist --digit 7`: not yet."""
 import re
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -71,9 +70,9 @@ def margin(x, x_tilde, tau):
 @checked
 def train(
     lam=1.0,                # λ         weight of the hinge
-    gamma=1.0,              #           weight of E[L_θ(x)]: 1 in (6), 0 in the author's code
+    real_weight=1.0,        #           of E[L_θ(x)]: 1 in (6), 0 in the author's code
     tau=2.4576,             # τ         Δ is this times the mean |x - x_tilde| of all values of a pair of images
-    slope=0.0,              #           of the hinge below 0, for GLS-GAN.  0: LS-GAN, 1: WGAN
+    slope=0.0,              #           of the hinge below 0, for GLS-GAN.  0: LS-GAN;  1, with real_weight 0: WGAN
     c=0.08,                 #           the weights of D are clipped to [-c, c]
     weight_decay=0.0,       # γ         weight decay, as the gradient of γ/2 ‖·‖²: of D's weights, and of G's
     lr=1e-4,                #           Adam: step size
@@ -105,9 +104,9 @@ def train(
     fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
     G = Generator(nz, channels, size, width).to(device, memory_format=torch.channels_last)
     D = Discriminator(channels, size, width).to(device, memory_format=torch.channels_last)
-    theta, w = list(G.parameters()), list(D.parameters())
-    opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), weight_decay=weight_decay, fused=True, capturable=record)
-    opt_D = torch.optim.Adam(w, lr, (beta1, beta2), weight_decay=weight_decay, fused=True, capturable=record)
+    phi, theta = list(G.parameters()), list(D.parameters())
+    opt_G = torch.optim.Adam(phi, lr, (beta1, beta2), weight_decay=weight_decay, fused=True, capturable=record)
+    opt_D = torch.optim.Adam(theta, lr, (beta1, beta2), weight_decay=weight_decay, fused=True, capturable=record)
     images = load_images(dataset, digit, size, root, channels)
     config.images = len(images)
     P_r = batches(images, batch_size, device, resident=record)
@@ -122,17 +121,17 @@ def train(
         L_x, L_x_tilde = D(x), D(x_tilde)
         a = margin(x, x_tilde, tau / x[0].numel()) + L_x[:, None] - L_x_tilde       # (n, m)
         hinge = torch.maximum(a, slope * a).mean(1)       #   (Δ(x_i, G(z_j)) + L_θ(x_i) − L_θ(G(z_j)))₊
-        L_D = gamma * L_x + lam * hinge
+        L_D = real_weight * L_x + lam * hinge
         opt_D.zero_grad()
-        L_D.mean().backward(inputs=w)                     #   descend θ by (8), 1/n Σ L_θ(x_i) + λ/nm Σ (...)₊,
+        L_D.mean().backward(inputs=theta)                 #   descend θ by (8), 1/n Σ L_θ(x_i) + λ/nm Σ (...)₊,
         opt_D.step()                                      #     with weight decay
         with torch.no_grad():
-            for each in w:
+            for each in theta:
                 each.clamp_(-c, c)                        #   clip θ to [−c, c]  (in the author's later code)
         z = torch.randn(batch_size, nz, device=device)    #   z′_1, ..., z′_k ~ P_z
         L_G = D(G(z))
         opt_G.zero_grad()
-        L_G.mean().backward(inputs=theta)                 #   descend φ by (9), 1/k Σ L_θ(G_φ(z′_i)),
+        L_G.mean().backward(inputs=phi)                   #   descend φ by (9), 1/k Σ L_θ(G_φ(z′_i)),
         opt_G.step()                                      #     with weight decay
         run.log(L_D=L_D.mean(), L_G=L_G.mean(), hinge=hinge.mean(), real=L_x.mean())
     return G.eval(), D

@@ -1,17 +1,17 @@
 """SNGAN, "Spectral Normalization for Generative Adversarial Networks", https://arxiv.org/abs/1802.05957 (2018)
 Takeru Miyato, Toshiki Kataoka, Masanori Koyama, Yuichi Yoshida
 
-A layer with the weight W makes no vector longer than σ(W) times its length: W's largest singular value. With
-W / σ(W) in every layer D stays smooth without a penalty. One step of the power method for each update of D finds σ
-well enough, as W changes little from one to the next.
+A matrix W makes no vector longer than σ(W), its largest singular value, times its length. With W / σ(W) in every
+layer D stays smooth without a penalty. One step of the power method for each update of D finds σ well enough, as W
+changes little from one update to the next.
 
-    V_D = E[min(0, -1 + D(x))] + E[min(0, -1 - D(G(z)))]      (16)        V_G = -E[D(G(z))]      (17)
+    max_D E[min(0, -1 + D(x))] + E[min(0, -1 - D(G(z)))]      (16)        min_G -E[D(G(z))]      (17)
 
 Differs from the paper, or from its authors' code:
-- Networks, initialisation, z and batches: wgan_gp.py's. In Table 3, D has 3x3 convolutions, too, and slope 0.1.
+- Networks, initialisation, z, batches: wgan_gp.py's (Table 3: 3x3 kernels, too; slope 0.1). Loss (15) is not here.
 - u moves once for an update of D, as in Algorithm 1; in the authors' code with every pass, in G's update, too.
-- σ is that of W as a matrix, (d_out, d_in h w), as in the paper; the convolution itself can stretch up to twice as
-  much. --width 16, --steps 6000, for two CPU cores and minutes; the authors: 100,000 updates of G.
+- As in the paper, σ is that of W as a matrix, (d_out, d_in h w); the convolution can stretch up to twice as much.
+- --width 16, --steps 6000, for two CPU cores and minutes; the authors: 100,000 updates of G.
 Measured: `python -m related.sngan --dataset mnist --digit 7`: not yet."""
 import re
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -71,7 +71,7 @@ def normalize(W, u):
     with torch.no_grad():                                       # u and v are constants, σ is not
         v = nn.functional.normalize(matrix.T @ u, dim=0)                    # 1: v ← Wᵀu / ‖Wᵀu‖₂
         u = nn.functional.normalize(matrix @ v, dim=0)                      #    u ← W v / ‖W v‖₂
-    sigma = u @ matrix @ v
+    sigma = u @ (matrix @ v)
     return W / sigma, u                                         # 2: W̄ ← W / σ(W),  σ(W) = uᵀ W v
 
 
@@ -130,7 +130,7 @@ def train(
             L_D.mean().backward(inputs=w)                     # 3: W ← W − α ∇_W ℓ(W̄(W), D_M), by Adam
             opt_D.step()
         z = torch.randn(batch_size, nz, device=device)
-        L_G = -D.eval()(G(z))                                 # u stays as it is
+        L_G = -D.eval()(G(z))                                 # by one step more, which is not kept
         opt_G.zero_grad()
         L_G.mean().backward(inputs=theta)                     # (17) min_G −E[D(G(z))]
         opt_G.step()

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import wgan
@@ -14,7 +15,8 @@ from related.ctgan import consistency
 from related.dragan import perturb
 from related.ls_gan import margin
 from related.sngan import SpectralConv2d, normalize
-from truth import (Adam, Drawn, LinearGenerator, QuadraticCritic, assert_left, described, logged, parameter)
+from truth import (Adam, Drawn, LinearGenerator, QuadraticCritic, assert_dcgan_initialisation, assert_left,
+                   described, flat, logged, parameter)
 
 image, by_theta = LinearGenerator.image, LinearGenerator.by_theta
 score, by_w, by_x = QuadraticCritic.score, QuadraticCritic.by_w, QuadraticCritic.by_x
@@ -40,6 +42,16 @@ def test_the_networks_are_those_of_wgan_and_wgan_gp():
     for script, layers in ((sngan, without_norm), (dragan, without_norm), (ls_gan, with_norm)):
         D = script.Discriminator(3, 32, 16)
         assert described(D) == layers and D(torch.zeros(2, 3, 32, 32)).shape == (2,)
+
+
+def test_networks_are_initialised_as_those_of_wgan_and_wgan_gp():
+    torch.manual_seed(0)
+    assert_dcgan_initialisation(ls_gan.Generator(100, 1, 32, 64), ls_gan.Discriminator(1, 32, 64))
+    for network in sngan.Discriminator, dragan.Discriminator, ctgan.Critic:
+        for layer in network(1, 32, 16).modules():
+            if isinstance(layer, nn.Conv2d):
+                bound = (layer.weight.shape[1] * 16) ** -0.5
+                assert 0.9 * bound < layer.weight.abs().max() <= bound
 
 
 # ---- SNGAN: the norm ----
@@ -77,7 +89,7 @@ def test_a_kernel_of_ones_is_normalised_as_a_matrix_not_as_an_operator():
 
 
 def test_sigma_is_differentiated_through_and_u_and_v_are_not():
-    """By finite differences of <A, W / (uᵀ W v)> at fixed u and v; by the exact ones, W's own direction has none"""
+    """By finite differences of <A, W / (uᵀ W v)> at fixed u and v; at the exact ones it is orthogonal to W"""
     torch.manual_seed(0)
     W, u, A = (torch.randn(shape, dtype=torch.double) for shape in ((4, 6), (4,), (4, 6)))
     v = W.T @ u / (W.T @ u).norm()
@@ -94,6 +106,9 @@ def test_sigma_is_differentiated_through_and_u_and_v_are_not():
     U, _, _ = torch.linalg.svd(W)
     (grad,) = torch.autograd.grad((A * normalize(at, U[:, 0])[0]).sum(), at)
     assert abs((grad * W).sum()) < 1e-12 < grad.norm()
+    larger = (7 * W).requires_grad_()                       # W → c W: divided by c
+    (smaller,) = torch.autograd.grad((A * normalize(larger, U[:, 0])[0]).sum(), larger)
+    torch.testing.assert_close(7 * smaller, grad)
 
 
 def test_against_torchs_parametrization_at_equal_u_and_v():
@@ -200,7 +215,7 @@ def test_three_iterations_of_sngan_equal_numpy(monkeypatch, changed):
     for layer, u in zip(D, (u1, u2)):
         np.testing.assert_allclose(layer.u, u, 1e-5, 1e-6)
     if changed:
-        assert min(on) < 1                                  # the hinge is off for some images
+        assert 0 < min(on) < 1                              # the hinge is off for some images
 
 
 # ---- DRAGAN ----
@@ -210,8 +225,7 @@ def test_the_noise_is_half_the_batchs_deviation_and_each_pixels_own():
     torch.manual_seed(3)
     delta = perturb(x) - x
     torch.manual_seed(3)
-    torch.testing.assert_close(delta, 0.5 * x.double().numpy().std() * torch.rand(6, 1, 8, 8), check_dtype=False)
-    assert 0 <= delta.min() and delta.max() < 0.5 * x.std()
+    torch.testing.assert_close(delta, 0.5 * x.double().numpy().std() * torch.rand(6, 1, 8, 8))
     constant = torch.full((2, 1, 4, 4), 0.3)
     assert torch.equal(perturb(constant), constant)
 
@@ -224,19 +238,19 @@ def test_dragans_losses(monkeypatch, real, fake, expected):
     np.testing.assert_allclose(logged("run", "L_D", "L_G", "penalty")[0], expected, 1e-6, 1e-6)
 
 
-@pytest.mark.parametrize("changed", [{}, dict(lam=3.0, k=0.6, lr=0.02, beta1=0.2, beta2=0.7, batch_size=4)])
+@pytest.mark.parametrize("changed", [{}, dict(lam=3.0, k=0.6, c=2.0, lr=0.02, beta1=0.2, beta2=0.7, batch_size=4)])
 def test_three_iterations_of_dragan_equal_numpy(monkeypatch, changed):
     drawn = Drawn(monkeypatch, dragan, Generator=LinearGenerator, Discriminator=QuadraticCritic)
     G, D = dragan.train(**changed, steps=3, nz=3, device="cpu", out="run", save_every=1)
 
-    k = dict(lam=10.0, k=1.0, lr=1e-4, beta1=0.5, beta2=0.9, batch_size=64) | changed
+    k = dict(lam=10.0, k=1.0, c=0.5, lr=1e-4, beta1=0.5, beta2=0.9, batch_size=64) | changed
     theta, w, m = LinearGenerator.start, QuadraticCritic.start, k["batch_size"]
     real, latent, uniform = drawn.real(), drawn["randn"], drawn["rand_like"]
     opt_G, opt_D = (Adam(k["lr"], k["beta1"], k["beta2"]) for _ in range(2))
     rows = []
     for _ in range(3):
         x, x_tilde = next(real), image(theta, next(latent))
-        x_hat = x + 0.5 * x.std() * next(uniform).reshape(m, 4)
+        x_hat = x + k["c"] * x.std() * next(uniform).reshape(m, 4)
         grad = by_x(w, x_hat)
         length = np.sqrt((grad**2).sum(1))
         real_, fake_ = (1 / (1 + np.exp(-score(w, each))) for each in (x, x_tilde))
@@ -340,8 +354,9 @@ def test_two_iterations_of_ctgan_equal_numpy(monkeypatch, changed):
             of_penalty = np.column_stack([pull * (q + w[8] * f) * d, pull * d * w[:4],
                                           (pull * d * w[:4] * f).sum(1)])
             (d1, f1, D1, _, D1_by_w), (d2, f2, D2, _, D2_by_w) = (passed(w, x, next(uniform)) for _ in range(2))
-            CT = np.maximum(0, (D1 - D2) ** 2 + 0.1 * ((f1 - f2) ** 2).mean(1) - k["m_prime"])
-            free.append((CT == 0).mean())
+            raw = (D1 - D2) ** 2 + 0.1 * ((f1 - f2) ** 2).mean(1)
+            CT = np.maximum(0, raw - k["m_prime"])
+            free.append(((raw > 0) & (CT == 0)).mean())
             of_CT = 2 * (D1 - D2)[:, None] * (D1_by_w - D2_by_w)
             of_CT[:, :4] += 0.1 * 2 / 4 * (f1 - f2) * (d1 - d2) * x
             _, _, fake, _, fake_by_w = passed(w, x_tilde, next(uniform))
@@ -354,18 +369,27 @@ def test_two_iterations_of_ctgan_equal_numpy(monkeypatch, changed):
         theta = opt_G.step(theta, by_theta(-q * d * w[:4] / m, z))
 
     if changed:
-        assert 0 < max(free) and min(free) < 1              # M′ lets some go free
+        assert 0 < max(free) < 1                            # M′ lets some go free
     assert_left(ctgan, rows, (real, latent, uniform), rtol=1e-5, G=(G, theta, opt_G), D=(D, w, opt_D))
 
 
-def test_examples_are_the_first_so_many(monkeypatch, capsys):
-    drawn = Drawn(monkeypatch, ctgan, Generator=LinearGenerator, Critic=DroppedCritic)
-    seen = []
-    monkeypatch.setattr(ctgan, "batches", lambda images, *_, **__: seen.append(images) or 1 / 0)
-    for examples in 10, None:
-        with pytest.raises(ZeroDivisionError):
-            ctgan.train(examples=examples, device="cpu", out="run")
-        assert torch.equal(seen[-1], drawn.images[:examples])
+def test_without_dropout_ctgan_is_wgan_gp(monkeypatch):
+    monkeypatch.setattr(nn, "Dropout", lambda p: nn.Identity())
+    left = []
+    for script in wgan_gp, ctgan:
+        Drawn(monkeypatch, script, side=16)
+        G, D = script.train(steps=2, beta1=0.5, size=16, width=4, nz=5, device="cpu", out=script.SCRIPT)
+        left.append(flat([*G.parameters(), *D.parameters()]))
+    np.testing.assert_allclose(*left, 1e-5, 1e-7)
+    assert not logged("ctgan", "CT").any()
+
+
+def test_examples_are_the_first_so_many(monkeypatch):
+    drawn = Drawn(monkeypatch, ctgan, side=16)
+    drawn.images[10:] = 0
+    ctgan.train(examples=10, steps=1, size=16, width=2, nz=3, device="cpu", out="run")
+    assert max(index.max() for index in drawn["randint"]) == 9 and ctgan.read("run")["settings"]["images"] == 10
+    assert np.asarray(Image.open("run/real.png")).reshape(8, 16, 8, 16).max((1, 3)).all()       # not the others
 
 
 # ---- LS-GAN ----
@@ -377,27 +401,38 @@ def test_the_margin_is_tau_times_the_sum_of_all_differences_of_all_pairs():
     x, x_tilde = torch.randn(3, 1, 4, 4), torch.randn(5, 1, 4, 4)
     pairs = torch.tensor([[0.1 * (a - b).abs().sum() for b in x_tilde] for a in x])
     torch.testing.assert_close(margin(x, x_tilde, 0.1), pairs)
+    assert not margin(x, x, 0.1).diagonal().any()
 
 
 @pytest.mark.parametrize("real, fake, slope, expected", [
-    (0, 1, 0.0, 0), (1, 1, 0.0, 0.5), (0, 0, 0.0, 0.5),     # a = Δ + L(x) − L(x_tilde) is -1/2, 1/2, 1/2
+    (0, 1, 0.0, 0), (1, 1, 0.0, 0.5),                       # a = Δ + L(x) − L(x_tilde) is -1/2, 1/2
     (0, 1, 1.0, -0.5), (0, 0, 1.0, 0.5), (0, 1, -1.0, 0.5), (0, 0, -1.0, 0.5), (0, 1, 0.2, -0.1), (0, 0, 0.2, 0.5)])
 def test_ls_gans_losses(monkeypatch, real, fake, slope, expected):
     monkeypatch.setattr(ls_gan, "margin", lambda x, x_tilde, tau: torch.full((len(x), len(x_tilde)), 0.5))
-    losses_where_D_says(monkeypatch, ls_gan, real, fake, slope=slope, lam=3.0, gamma=2.0)
+    losses_where_D_says(monkeypatch, ls_gan, real, fake, slope=slope, lam=3.0, real_weight=2.0)
     np.testing.assert_allclose(logged("run", "hinge", "L_D", "L_G")[0], (expected, 2 * real + 3 * expected, fake),
                                atol=1e-6)
 
 
-@pytest.mark.parametrize("changed", [
-    {}, dict(gamma=0.0, slope=1.0), dict(lam=3.0, gamma=0.5, tau=0.6, slope=0.2, c=0.5, weight_decay=0.3, lr=0.02,
-                                         beta1=0.2, beta2=0.7, batch_size=4)])
+def test_with_slope_1_and_without_the_weight_of_real_images_it_is_wgan_with_the_opposite_sign(monkeypatch):
+    grads = []
+    for script, network, settings in ((wgan, "Critic", dict(n_critic=1)),
+                                      (ls_gan, "Discriminator", dict(slope=1.0, real_weight=0.0))):
+        Drawn(monkeypatch, script, Generator=LinearGenerator, **{network: QuadraticCritic})
+        _, D = script.train(**settings, c=9.0, lr=0.0, steps=1, nz=3, device="cpu", out=script.SCRIPT)
+        grads.append(flat(p.grad for p in D.parameters()))  # wgan.py's ascends E[D(x)] − E[D(x_tilde)]
+    assert abs(grads[0]).min() > 1e-3
+    np.testing.assert_allclose(*grads, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("changed", [{}, dict(lam=3.0, real_weight=0.5, tau=0.6, slope=0.2, c=0.5, weight_decay=0.3,
+                                              lr=0.02, beta1=0.2, beta2=0.7, batch_size=4)])
 def test_three_iterations_of_ls_gan_equal_numpy(monkeypatch, changed):
     drawn = Drawn(monkeypatch, ls_gan, Generator=LinearGenerator, Discriminator=QuadraticCritic)
     G, D = ls_gan.train(**changed, steps=3, nz=3, device="cpu", out="run", save_every=1)
 
-    k = dict(lam=1.0, gamma=1.0, tau=2.4576, slope=0.0, c=0.08, weight_decay=0.0, lr=1e-4, beta1=0.5, beta2=0.999,
-             batch_size=64) | changed
+    k = dict(lam=1.0, real_weight=1.0, tau=2.4576, slope=0.0, c=0.08, weight_decay=0.0, lr=1e-4, beta1=0.5,
+             beta2=0.999, batch_size=64) | changed
     theta, w, m = LinearGenerator.start, QuadraticCritic.start, k["batch_size"]
     real, latent = drawn.real(), drawn["randn"]
     opt_G, opt_D = (Adam(k["lr"], k["beta1"], k["beta2"], k["weight_decay"]) for _ in range(2))
@@ -407,19 +442,20 @@ def test_three_iterations_of_ls_gan_equal_numpy(monkeypatch, changed):
         a = k["tau"] * abs(x[:, None] - x_tilde).mean(2) + score(w, x)[:, None] - score(w, x_tilde)     # all pairs
         hinge, slopes = np.where(a > 0, a, k["slope"] * a), np.where(a > 0, 1, k["slope"])[..., None]
         on.append((a > 0).mean())
-        L_D = k["gamma"] * score(w, x).mean() + k["lam"] * hinge.mean()
+        L_x = score(w, x).mean()
+        L_D = k["real_weight"] * L_x + k["lam"] * hinge.mean()
         g = k["lam"] * (slopes * by_w(x)[:, None] - slopes * by_w(x_tilde)).mean((0, 1))
-        w = opt_D.step(w, g + k["gamma"] * by_w(x).mean(0))
-        if k["slope"] == 1 and k["gamma"] == 0:             # WGAN: min E[L(x)] − E[L(x_tilde)], Δ has no part in it
-            np.testing.assert_allclose(opt_D.g, by_w(x).mean(0) - by_w(x_tilde).mean(0))
+        w = opt_D.step(w, g + k["real_weight"] * by_w(x).mean(0))
         clipped += (abs(w) > k["c"]).sum()
         w = np.clip(w, -k["c"], k["c"])
         z = next(latent)
         x_tilde = image(theta, z)
-        rows.append(dict(L_D=L_D, L_G=score(w, x_tilde).mean(), hinge=hinge.mean()))
+        rows.append(dict(L_D=L_D, L_G=score(w, x_tilde).mean(), hinge=hinge.mean(), real=L_x))
         theta = opt_G.step(theta, by_theta(by_x(w, x_tilde) / m, z))
 
-    assert clipped and (not changed or k["slope"] == 1 or 0 < min(on) < 1)
+    assert clipped
+    if changed:
+        assert 0 < min(on) < 1
     assert_left(ls_gan, rows, (real, latent), rtol=1e-5, G=(G, theta, opt_G), D=(D, w, opt_D))
     # D sees constants, x and x_tilde in passes of their own, then images with a history.
     assert [seen[:2] for seen in QuadraticCritic.seen] == 3 * [(False, True), (False, True), (True, False)]
