@@ -11,7 +11,7 @@ also keeps it from learning a small data set by heart: try --examples 1000, the 
 Differs from the paper, or from its authors' code (the right-hand column has the code's steps, not Algorithm 1's):
 - d is the squared difference (D₋: its mean), as in the code. M′ comes off before λ₂ multiplies, in the code after.
 - Networks, initialisation, z and batches are those of wgan_gp.py; CT-GAN's are WGAN-GP's authors'.
-- --width 16, --steps 2000, for two CPU cores and minutes; the authors: 50,000, with 1,000 images of MNIST, m = 50.
+- --width 16, --steps 1500, for two CPU cores and minutes; the authors: 50,000, with 1,000 images of MNIST, m = 50.
 Measured: `python -m related.ctgan --dataset mnist --digit 7`: not yet."""
 import re
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -89,7 +89,7 @@ def train(
     channels: int = None,   #           1 grey, 3 RGB (what the data set has; a folder: 3)
     examples: int = None,   #           only the first so many images
     # The run
-    steps=2000,             #           generator updates
+    steps=1500,             #           generator updates
     seed=0,                 #           of every random number but the pictures' latents
     device="auto",          #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)

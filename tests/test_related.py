@@ -1,5 +1,6 @@
 """The scripts of related/ against their papers: terms in closed form, and iterations against numpy: of train() with
 its defaults, and with all of them changed"""
+import inspect
 import math
 
 import numpy as np
@@ -42,6 +43,8 @@ def test_the_networks_are_those_of_wgan_and_wgan_gp():
     for script, layers in ((sngan, without_norm), (dragan, without_norm), (ls_gan, with_norm)):
         D = script.Discriminator(3, 32, 16)
         assert described(D) == layers and D(torch.zeros(2, 3, 32, 32)).shape == (2,)
+    for script, nearest in ((sngan, wgan_gp), (dragan, wgan_gp), (ctgan, wgan_gp), (ls_gan, wgan)):
+        assert inspect.getsource(script.Generator) == inspect.getsource(nearest.Generator)
 
 
 def test_networks_are_initialised_as_those_of_wgan_and_wgan_gp():
