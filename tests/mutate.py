@@ -167,7 +167,7 @@ MUTANTS = {
         ("matrix = W.flatten(1)", "matrix = W.flatten(2).flatten(0, 1)"),
         ("v = nn.functional.normalize(matrix.T @ u, dim=0)", "v = matrix.T @ u"),
         ("    with torch.no_grad():                                       # u", "    if True:  # u"),
-        ("sigma = u @ matrix @ v", "sigma = (u @ matrix @ v).detach()"),
+        ("sigma = u @ (matrix @ v)", "sigma = (u @ (matrix @ v)).detach()"),
         ("if self.training:", "if True:"),
         ("self.u.copy_(u)", "pass"),
         ("torch.randn(n_out))", "torch.randn(n_out), persistent=False)"),
