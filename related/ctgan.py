@@ -10,8 +10,8 @@ also keeps it from learning a small data set by heart: try --examples 1000, the 
 
 Differs from the paper, or from its authors' code (the right-hand column has the code's steps, not Algorithm 1's):
 - d is the squared difference (D₋: its mean), as in the code. M′ comes off before λ₂ multiplies, in the code after.
-- Networks, initialisation, z and batches are those of wgan_gp.py; CT-GAN's are WGAN-GP's authors'.
-- --width 16, --steps 1500, for two CPU cores and minutes; the authors: 50,000, with 1,000 images of MNIST, m = 50.
+- Networks, initialisation and z are those of wgan_gp.py; CT-GAN's are WGAN-GP's authors'.
+- --width 16, --steps 2000, for two CPU cores and minutes; the authors: 50,000 steps, with 1,000 images of MNIST.
 Measured: `python -m related.ctgan --dataset mnist --digit 7`: not yet."""
 import re
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -69,7 +69,7 @@ def consistency(D_x, D_x2, f_x, f_x2, m_prime=0.0):
 # ---- WGAN-GP's Algorithm 1 with the consistency term -------------------------------------------------------------
 @checked
 def train(
-    # As in the authors' code for MNIST, but for m
+    # As in the authors' code for MNIST
     lam1=10.0,              # λ₁        weight of the gradient penalty
     lam2=2.0,               # λ₂        weight of the consistency term
     m_prime=0.0,            # M′        differences up to it are free
@@ -77,7 +77,7 @@ def train(
     lr=1e-4,                # α         Adam: step size
     beta1=0.5,              # β₁        Adam: decay of the first moment
     beta2=0.9,              # β₂        Adam: decay of the second moment
-    batch_size=64,          # m         images per batch
+    batch_size=50,          # m         images per batch
     # The networks
     nz=100,                 # z         dimensions of the latent variable
     width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: as in WGAN's code
@@ -89,7 +89,7 @@ def train(
     channels: int = None,   #           1 grey, 3 RGB (what the data set has; a folder: 3)
     examples: int = None,   #           only the first so many images
     # The run
-    steps=1500,             #           generator updates
+    steps=2000,             #           generator updates
     seed=0,                 #           of every random number but the pictures' latents
     device="auto",          #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)

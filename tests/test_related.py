@@ -341,7 +341,7 @@ def test_two_iterations_of_ctgan_equal_numpy(monkeypatch, changed):
     drawn = Drawn(monkeypatch, ctgan, Generator=LinearGenerator, Critic=DroppedCritic)
     G, D = ctgan.train(**changed, steps=2, nz=3, device="cpu", out="run", save_every=1)
 
-    k = dict(lam1=10.0, lam2=2.0, m_prime=0.0, lr=1e-4, beta1=0.5, beta2=0.9, n_critic=5, batch_size=64) | changed
+    k = dict(lam1=10.0, lam2=2.0, m_prime=0.0, lr=1e-4, beta1=0.5, beta2=0.9, n_critic=5, batch_size=50) | changed
     theta, w, m = LinearGenerator.start, DroppedCritic.start, k["batch_size"]
     real, latent, uniform = drawn.real(), drawn["randn"], drawn["rand"]
     opt_G, opt_D = (Adam(k["lr"], k["beta1"], k["beta2"]) for _ in range(2))
@@ -381,7 +381,8 @@ def test_without_dropout_ctgan_is_wgan_gp(monkeypatch):
     left = []
     for script in wgan_gp, ctgan:
         Drawn(monkeypatch, script, side=16)
-        G, D = script.train(steps=2, beta1=0.5, size=16, width=4, nz=5, device="cpu", out=script.SCRIPT)
+        G, D = script.train(steps=2, beta1=0.5, batch_size=50, size=16, width=4, nz=5, device="cpu",
+                            out=script.SCRIPT)
         left.append(flat([*G.parameters(), *D.parameters()]))
     np.testing.assert_allclose(*left, 1e-5, 1e-7)
     assert not logged("ctgan", "CT").any()
@@ -390,7 +391,7 @@ def test_without_dropout_ctgan_is_wgan_gp(monkeypatch):
 def test_examples_are_the_first_so_many(monkeypatch):
     drawn = Drawn(monkeypatch, ctgan, side=16)
     drawn.images[10:] = 0
-    ctgan.train(examples=10, steps=1, size=16, width=2, nz=3, device="cpu", out="run")
+    ctgan.train(examples=10, steps=1, batch_size=64, size=16, width=2, nz=3, device="cpu", out="run")
     assert max(index.max() for index in drawn["randint"]) == 9 and ctgan.read("run")["settings"]["images"] == 10
     assert np.asarray(Image.open("run/real.png")).reshape(8, 16, 8, 16).max((1, 3)).all()       # not the others
 
