@@ -289,8 +289,9 @@ def test_consistency_in_closed_form():
 def test_the_expected_consistency_of_a_linear_critic_with_dropout():
     """E[(D − D′)²] = 2 Σ w² h² (1 − p) / p, and both passes have a part in its gradient"""
     torch.manual_seed(0)
-    w, drop, h = torch.tensor([1.0, 2.0], requires_grad=True), nn.Dropout(0.5), torch.ones(200_000, 2)
+    w, drop, h = torch.tensor([1.0, 2.0], requires_grad=True), ctgan.Dropout(), torch.ones(200_000, 2)
     f, f2 = drop(h), drop(h)
+    assert set(f.unique().tolist()) == {0.0, 2.0} and drop.eval()(h) is h
     CT = consistency(f @ w, f2 @ w, f, f, 0.0).mean()
     assert CT.item() == pytest.approx(10, rel=0.02)
     (grad,) = torch.autograd.grad(CT, w)
@@ -299,7 +300,7 @@ def test_the_expected_consistency_of_a_linear_critic_with_dropout():
 
 def test_ctgans_critic_drops_half_after_every_layer_but_the_last_and_ends_linear():
     D, x = ctgan.Critic(3, 32, 16), torch.rand(4, 3, 32, 32)
-    half = ["LeakyReLU 0.2", "Dropout 0.5"]
+    half = ["LeakyReLU 0.2", "Dropout"]
     assert described(D[0]) == ["3-16 k4 s2 p1+bias", *half, "16-32 k4 s2 p1+bias", *half,
                                "32-64 k4 s2 p1+bias", *half]
     assert described(D[1]) == ["64-1 k4 s1 p0+bias", "Flatten"]
@@ -368,7 +369,7 @@ def test_two_iterations_of_ctgan_equal_numpy(monkeypatch, changed):
         z = next(latent)
         d, _, D_x_tilde, q, _ = passed(w, image(theta, z), next(uniform))
         rows.append(dict(wasserstein=(D1 - fake).mean(), L_D=L.mean(), L_G=-D_x_tilde.mean(),
-                         penalty=((length - 1) ** 2).mean(), CT=CT.mean()))
+                         GP=((length - 1) ** 2).mean(), CT=CT.mean()))
         theta = opt_G.step(theta, by_theta(-q * d * w[:4] / m, z))
 
     if changed:
@@ -377,7 +378,7 @@ def test_two_iterations_of_ctgan_equal_numpy(monkeypatch, changed):
 
 
 def test_without_dropout_ctgan_is_wgan_gp(monkeypatch):
-    monkeypatch.setattr(nn, "Dropout", lambda p: nn.Identity())
+    monkeypatch.setattr(ctgan, "Dropout", nn.Identity)
     left = []
     for script in wgan_gp, ctgan:
         Drawn(monkeypatch, script, side=16)
