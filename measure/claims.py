@@ -4,7 +4,7 @@
     python measure/claims.py 1 2 ... 16        the figures of a claim, and its plot in docs/; without numbers: of all
     python measure/claims.py pictures          samples of the scripts, docs/samples-SCRIPT.png
 
-The runs take HOURS on two cores; stopped, they go on where they were. One thread each makes their figures
+The runs take about seven hours on two cores; stopped, they go on where they were. One thread each makes their figures
 the same on every machine of a kind, all but the minutes. The plots need matplotlib.
 """
 import functools
