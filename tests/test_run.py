@@ -38,8 +38,13 @@ def script(request):
     return importlib.import_module(request.param)
 
 
-@pytest.fixture(params=SCRIPTS + RELATED)
+@pytest.fixture(params=SCRIPTS)
 def each(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(params=SCRIPTS + RELATED)
+def every(request):
     return importlib.import_module(request.param)
 
 
@@ -133,8 +138,8 @@ def test_one_seed_one_run_and_another_seed_another(each):
 
 
 @pytest.mark.parametrize("more", ["--batch-size 1", "--batch-size 7 --channels 3 --size 32"])
-def test_any_batch_size_trains(each, more):
-    main(each, f"--steps 2 --out run {more}")
+def test_any_batch_size_trains(every, more):
+    main(every, f"--steps 2 --out run {more}")
     assert all(np.isfinite(float(value)) for row in rows("run") for value in row.values())
 
 
@@ -154,20 +159,20 @@ def test_keep_keeps_the_weights_of_every_picture(script):
 
 # ---- Continue ----
 
-def test_three_steps_and_three_steps_are_six_steps(each, capsys):
-    main(each, "--steps 6 --out whole")
-    main(each, "--steps 3 --out parts")
+def test_three_steps_and_three_steps_are_six_steps(every, capsys):
+    main(every, "--steps 6 --out whole")
+    main(every, "--steps 3 --out parts")
     capsys.readouterr()
-    main(each, "--steps 6 --out parts")
+    main(every, "--steps 6 --out parts")
     assert "3 of 6 steps are done" in capsys.readouterr().out
-    assert_same(training(each, "whole"), training(each, "parts"))
+    assert_same(training(every, "whole"), training(every, "parts"))
     assert [row["step"] for row in rows("parts")] == ["3", "6"]
     assert float(rows("parts")[1]["seconds"]) > float(rows("parts")[0]["seconds"])
     before = content("parts")
-    G, D = each.train(**tiny(each), steps=6, out="parts")
+    G, D = every.train(**tiny(every), steps=6, out="parts")
     assert "6 of 6 steps are done" in capsys.readouterr().out and content("parts") == before
     x = G(torch.randn(3, 8))                                # ready to be called: an image depends on its z alone
-    saved = each.read("parts")
+    saved = every.read("parts")
     for network, name in ((G, "G_ema" if "G_ema" in saved else "G"), (D, "D")):
         assert_same(dict(network.state_dict()), dict(saved[name]))
     assert x.shape == (3, 1, 16, 16) and not G.training
@@ -373,11 +378,11 @@ def test_what_a_terminal_cannot_show_is_replaced(each, monkeypatch, encoding):
     assert end.value.code == 0 and f"run folder: runs/{each.SCRIPT}-????" in shown
 
 
-def test_in_a_notebook_and_in_a_package(each):
-    source = Path(each.__file__).read_text(encoding="utf-8")
+def test_in_a_notebook_and_in_a_package(every):
+    source = Path(every.__file__).read_text(encoding="utf-8")
     cell = dict(__name__="cell")
     exec(source, cell)                                      # has no __file__
-    cell["train"](**tiny(each), steps=1)
+    cell["train"](**tiny(every), steps=1)
     assert cell["load"]("runs/notebook-mnist-7")
     Path("gans").mkdir()
     Path("gans/it.py").write_text(source.replace("\nfrom common import", "\nfrom .common import"), encoding="utf-8")
@@ -391,11 +396,11 @@ def test_in_a_notebook_and_in_a_package(each):
 
 # ---- Generate and load ----
 
-def test_a_generated_image_is_the_loaded_generators(each, capsys):
-    main(each, "--steps 2 --out run --size 32")
-    G = each.load("run")
+def test_a_generated_image_is_the_loaded_generators(every, capsys):
+    main(every, "--steps 2 --out run --size 32")
+    G = every.load("run")
     assert not G.training
-    main(each, "--generate 67 --out run --size 256 --seed 5")           # networks come from the checkpoint
+    main(every, "--generate 67 --out run --size 256 --seed 5")           # networks come from the checkpoint
     folder = Path("run/generated")
     assert f"67 images in {folder}" in capsys.readouterr().out
     assert sorted(p.name for p in folder.iterdir()) == [f"{i:06d}.png" for i in range(67)]
@@ -407,14 +412,14 @@ def test_a_generated_image_is_the_loaded_generators(each, capsys):
         torch.testing.assert_close(G(torch.cat([x.new_zeros(1, 8), torch.randn(
             64, 8, generator=torch.Generator().manual_seed(5))[i:i + 1]]))[1], x[i], rtol=1e-3, atol=1e-4)
     first = [p.read_bytes() for p in sorted(folder.iterdir())]
-    main(each, "--generate 0 --out run", status=2)
+    main(every, "--generate 0 --out run", status=2)
     shutil.rmtree(folder)
     for n in 5, 62:                                         # image i does not depend on how many come at a time
-        assert each.generate("run", n, "cpu", 5) == folder
+        assert every.generate("run", n, "cpu", 5) == folder
     assert [p.read_bytes() for p in sorted(folder.iterdir())] == first
     (folder / "000001.png").unlink()                        # counted on from the last, and nothing is touched
     (folder / "mine.png").write_bytes(b"mine")
-    main(each, "--generate 3 --out run --seed 6")
+    main(every, "--generate 3 --out run --seed 6")
     assert "3 images in" in (out := capsys.readouterr().out) and "from 000067.png on" in out
     assert len(list(folder.iterdir())) == 70 and (folder / "mine.png").read_bytes() == b"mine"
     noise = torch.Generator().manual_seed(6)
