@@ -111,7 +111,7 @@ JOBS = {
        for slope in (0, 0.2, 0.5, 1)},
     "ls_gan-tau-0.2048": Run("related/ls_gan", 3000, 1000, "--tau 0.2048", (0,)),      # 0.0002 times 32x32 values
 }
-SCRIPTS = [Path(name.replace(".", "/")).name for name in evaluate.SCRIPTS]     # each is the name of a job, too
+SCRIPTS = [name.split(".")[-1] for name in evaluate.SCRIPTS]   # each is the name of a job, too
 
 
 def script_of(name):

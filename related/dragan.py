@@ -1,9 +1,9 @@
 """DRAGAN, "On Convergence and Stability of GANs", https://arxiv.org/abs/1705.07215 (2017)
 Naveen Kodali, Jacob Abernethy, James Hays, Zsolt Kira
 
-When a GAN collapses, D is steep around real images. So D pays where the norm of its gradient near real images is
-not k; where the generated ones are does not matter. The rest is the first GAN; D gives logits, as in the code. No
-batch norm in D: the penalty is each image's own.
+When a GAN collapses, say the authors, D is steep around real images. So D pays where the norm of its gradient near
+them is not k; where the generated ones are does not matter. The rest is the first GAN; D gives logits, as in the
+code. No batch norm in D: the penalty is each image's own.
 
     L_D = E[-log σ(D(x))] + E[-log(1 - σ(D(G(z))))] + λ E[(‖∇_x D(x + δ)‖₂ - k)²]      (the last term: (1))
     L_G = E[-log σ(D(G(z)))]
