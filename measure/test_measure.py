@@ -26,7 +26,6 @@ import evaluate  # noqa: E402
 import swd  # noqa: E402
 import wgan  # noqa: E402
 
-FOUR = ["wgan", "wgan_gp", "lsgan", "ebgan"]
 SMALL = dict(progan=dict(fmap_max=3, kimg=0.008))
 PAGE = (TOP / "docs" / "claims.md").read_text(encoding="utf-8")
 
