@@ -57,7 +57,7 @@ JOBS = {
     "progan": Run("progan", 8750, 1250, SMALL),
     "sngan": Run("related/sngan", 6000, 1000),
     "dragan": Run("related/dragan", 6000, 1000),
-    "ctgan": Run("related/ctgan", 3000, 500),
+    "ctgan": Run("related/ctgan", 2000, 500),
     "ls_gan": Run("related/ls_gan", 6000, 1000),
     # 7
     "wgan_gp-rmsprop": Run("wgan_gp", 2000, 500, seeds=(0,), edits={
@@ -100,8 +100,8 @@ JOBS = {
         "            penalty = (grad_norm(D, x_hat) - 1) ** 2":
         "            penalty = (grad_norm(D, x_hat) - 1).relu() ** 2"}),
     # 14
-    "ctgan-1000": Run("related/ctgan", 3000, 500, "--examples 1000"),
-    "wgan_gp-1000": Run("wgan_gp", 3000, 500, "--beta1 0.5 --batch-size 50", edits={
+    "ctgan-1000": Run("related/ctgan", 2000, 500, "--examples 1000"),
+    "wgan_gp-1000": Run("wgan_gp", 2000, 500, "--lr 0.0002 --beta1 0.5 --batch-size 50", edits={
         "    images = load_images(dataset, digit, size, root, channels)":
         "    images = load_images(dataset, digit, size, root, channels)[:1000]"}),
     # 15
@@ -546,7 +546,7 @@ def claim_13():
 
 def claim_14():
     """CT-GAN against WGAN-GP on 1,000 images"""
-    compared(*((name, steps) for steps in (500, 1500, 3000) for name in ("wgan_gp-1000", "ctgan-1000")))
+    compared(*((name, steps) for steps in (500, 1000, 2000) for name in ("wgan_gp-1000", "ctgan-1000")))
 
 
 def claim_15():

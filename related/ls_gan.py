@@ -69,7 +69,7 @@ def margin(x, x_tilde, tau):
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------------
 @checked
 def train(
-    lam=1.0,                # λ         weight of the hinge
+    lam=2.0,                # λ         weight of the hinge: 0.5, 1 or 2 in the paper, by cross-validation
     real_weight=1.0,        #           of E[L_θ(x)]: 1 in (6), 0 in the author's code
     tau=2.4576,             # τ         Δ is this times the mean |x - x_tilde| of all values of a pair of images
     slope=0.0,              #           of the hinge below 0, for GLS-GAN.  0: LS-GAN;  1, with real_weight 0: WGAN

@@ -342,7 +342,7 @@ def test_two_iterations_of_ctgan_equal_numpy(monkeypatch, changed):
     drawn = Drawn(monkeypatch, ctgan, Generator=LinearGenerator, Critic=DroppedCritic)
     G, D = ctgan.train(**changed, steps=2, nz=3, device="cpu", out="run", save_every=1)
 
-    k = dict(lam1=10.0, lam2=2.0, m_prime=0.0, lr=1e-4, beta1=0.5, beta2=0.9, n_critic=5, batch_size=50) | changed
+    k = dict(lam1=10.0, lam2=2.0, m_prime=0.0, lr=2e-4, beta1=0.5, beta2=0.9, n_critic=5, batch_size=50) | changed
     theta, w, m = LinearGenerator.start, DroppedCritic.start, k["batch_size"]
     real, latent, uniform = drawn.real(), drawn["randn"], drawn["rand"]
     opt_G, opt_D = (Adam(k["lr"], k["beta1"], k["beta2"]) for _ in range(2))
@@ -382,7 +382,7 @@ def test_without_dropout_ctgan_is_wgan_gp(monkeypatch):
     left = []
     for script in wgan_gp, ctgan:
         Drawn(monkeypatch, script, side=16)
-        G, D = script.train(steps=2, beta1=0.5, batch_size=50, size=16, width=4, nz=5, device="cpu",
+        G, D = script.train(steps=2, lr=1e-3, beta1=0.5, batch_size=50, size=16, width=4, nz=5, device="cpu",
                             out=script.SCRIPT)
         left.append(flat([*G.parameters(), *D.parameters()]))
     np.testing.assert_allclose(*left, 1e-5, 1e-7)
@@ -422,7 +422,7 @@ def test_ls_gans_losses(monkeypatch, real, fake, slope, expected):
 def test_with_slope_1_and_without_the_weight_of_real_images_it_is_wgan_with_the_opposite_sign(monkeypatch):
     grads = []
     for script, network, settings in ((wgan, "Critic", dict(n_critic=1)),
-                                      (ls_gan, "Discriminator", dict(slope=1.0, real_weight=0.0))):
+                                      (ls_gan, "Discriminator", dict(slope=1.0, lam=1.0, real_weight=0.0))):
         Drawn(monkeypatch, script, Generator=LinearGenerator, **{network: QuadraticCritic})
         _, D = script.train(**settings, c=9.0, lr=0.0, steps=1, nz=3, device="cpu", out=script.SCRIPT)
         grads.append(flat(p.grad for p in D.parameters()))  # wgan.py's ascends E[D(x)] − E[D(x_tilde)]
@@ -436,7 +436,7 @@ def test_three_iterations_of_ls_gan_equal_numpy(monkeypatch, changed):
     drawn = Drawn(monkeypatch, ls_gan, Generator=LinearGenerator, Discriminator=QuadraticCritic)
     G, D = ls_gan.train(**changed, steps=3, nz=3, device="cpu", out="run", save_every=1)
 
-    k = dict(lam=1.0, real_weight=1.0, tau=2.4576, slope=0.0, c=0.08, weight_decay=0.0, lr=1e-4, beta1=0.5,
+    k = dict(lam=2.0, real_weight=1.0, tau=2.4576, slope=0.0, c=0.08, weight_decay=0.0, lr=1e-4, beta1=0.5,
              beta2=0.999, batch_size=64) | changed
     theta, w, m = LinearGenerator.start, QuadraticCritic.start, k["batch_size"]
     real, latent = drawn.real(), drawn["randn"]
