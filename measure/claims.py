@@ -101,7 +101,7 @@ JOBS = {
         "            penalty = (grad_norm(D, x_hat) - 1).relu() ** 2"}),
     # 14
     "ctgan-1000": Run("related/ctgan", 2000, 500, "--examples 1000", (0,)),
-    "wgan_gp-1000": Run("wgan_gp", 2000, 500, "--lr 0.0002 --beta1 0.5 --batch-size 50", (0,), {
+    "wgan_gp-1000": Run("wgan_gp", 2000, 500, "--lr 0.0002 --batch-size 50", (0,), {
         "    images = load_images(dataset, digit, size, root, channels)":
         "    images = load_images(dataset, digit, size, root, channels)[:1000]"}),
     # 15

@@ -4,11 +4,10 @@ Xiang Wei, Boqing Gong, Zixia Liu, Wei Lu, Liqiang Wang, https://arxiv.org/abs/1
 WGAN-GP's penalty hardly looks at D near real images. Dropout makes D random: two passes of one real image stand for
 two points near it, and D pays where it scores them differently. Made for few images: try --examples 1000.
 
-    L = E[D(x_tilde)] - E[D(x)] + λ₁ E[(‖∇_x_hat D(x_hat)‖₂ - 1)²] + λ₂ E[CT]
-    CT = max(0, (D(x) - D(x)′)² + 0.1 mean (D₋(x) - D₋(x)′)² - M′)      (D₋: all but the last layer; D(x)′: again)
+    L = WGAN-GP's L + λ₂ E[max(0, (D(x) - D(x)′)² + 0.1 mean (D₋(x) - D₋(x)′)² - M′)]   (D₋: all but the last layer)
 
 Differs from the paper, or from its authors' code (the right-hand column has the code's steps, not Algorithm 1's):
-- Networks, initialisation, z: wgan_gp.py's; lr: their ResNet's. --width 16, --steps 1800, for minutes; they: 50,000
+- Networks, initialisation, z: wgan_gp.py's; lr, β₁, first dropout: their ResNet's. 1,800 steps; they: 50,000
 Measured: `python -m related.ctgan --digit 7`, 2 EPYC cores, torch 2.14: 10 min, Fréchet distance 44.9."""
 import re
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -41,16 +40,17 @@ class Critic(nn.Sequential):
     """D(x) = D[1](D[0](x)): images -> features D₋ -> scores.  (m, channels, size, size) -> (m, n, 4, 4) -> (m,)"""
     def __init__(self, channels=1, size=32, width=16):
         n = width
-        layers = [nn.Conv2d(channels, n, 4, 2, 1), nn.LeakyReLU(0.2), Dropout()]    # (m, n, size/2, size/2)
+        layers = [nn.Conv2d(channels, n, 4, 2, 1), nn.LeakyReLU(0.2), Dropout(0.2)]     # (m, n, size/2, size/2)
         while n < width * size // 8:
-            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1), nn.LeakyReLU(0.2), Dropout()]
+            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1), nn.LeakyReLU(0.2), Dropout(0.5)]
             n *= 2                                              # (m, n, size/4, size/4), ..., (m, n, 4, 4)
         super().__init__(nn.Sequential(*layers), nn.Sequential(nn.Conv2d(n, 1, 4, 1, 0), nn.Flatten(0)))
 
 
-class Dropout(nn.Module):       # nn.Dropout(0.5) does the same, but its random numbers took 45 % of a step on a CPU
+class Dropout(nn.Dropout):      # the same for p in tenths; nn.Dropout's random numbers took 45 % of a step on a CPU
     def forward(self, x):
-        return x * (2 * torch.randint(2, x.shape, dtype=torch.uint8, device=x.device)) if self.training else x
+        kept = torch.randint(10, x.shape, dtype=torch.uint8, device=x.device) >= 10 * self.p
+        return x * (kept / (1 - self.p)) if self.training else x
 
 
 # ---- The two terms -----------------------------------------------------------------------------------------------
@@ -70,13 +70,13 @@ def consistency(D_x, D_x2, f_x, f_x2, m_prime=0.0):
 
 # ---- WGAN-GP's Algorithm 1 with the consistency term -------------------------------------------------------------
 @checked
-def train(                      # the numbers are those of the authors' code for MNIST
+def train(                      # the numbers of the authors' code for MNIST, but lr and beta1 of their ResNet
     lam1=10.0,              # λ₁        weight of the gradient penalty
     lam2=2.0,               # λ₂        weight of the consistency term
     m_prime=0.0,            # M′        differences up to it are free; taken off before λ₂, in the code after
     n_critic=5,             # n_critic  critic updates per generator update
-    lr=2e-4,                # α         Adam: step size (their ResNet's; 1e-4 for MNIST)
-    beta1=0.5,              # β₁        Adam: decay of the first moment
+    lr=2e-4,                # α         Adam: step size (1e-4 for MNIST)
+    beta1=0.0,              # β₁        Adam: decay of the first moment (0.5 for MNIST)
     beta2=0.9,              # β₂        Adam: decay of the second moment
     batch_size=50,          # m         images per batch
     # The networks

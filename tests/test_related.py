@@ -286,22 +286,24 @@ def test_consistency_in_closed_form():
     torch.testing.assert_close(consistency(each, 0 * each, f, f, 0.0), each**2)      # image by image
 
 
-def test_the_expected_consistency_of_a_linear_critic_with_dropout():
-    """E[(D − D′)²] = 2 Σ w² h² (1 − p) / p, and both passes have a part in its gradient"""
+@pytest.mark.parametrize("p", [0.2, 0.5])
+def test_the_expected_consistency_of_a_linear_critic_with_dropout(p):
+    """E[(D − D′)²] = 2 Σ w² h² p / (1 − p), and both passes have a part in its gradient"""
     torch.manual_seed(0)
-    w, drop, h = torch.tensor([1.0, 2.0], requires_grad=True), ctgan.Dropout(), torch.ones(200_000, 2)
+    w, drop, h = torch.tensor([1.0, 2.0], requires_grad=True), ctgan.Dropout(p), torch.ones(200_000, 2)
     f, f2 = drop(h), drop(h)
-    assert set(f.unique().tolist()) == {0.0, 2.0} and drop.eval()(h) is h
+    torch.testing.assert_close(f.unique(), torch.tensor([0.0, 1 / (1 - p)]))
+    assert drop.eval()(h) is h
     CT = consistency(f @ w, f2 @ w, f, f, 0.0).mean()
-    assert CT.item() == pytest.approx(10, rel=0.02)
+    assert CT.item() == pytest.approx(10 * p / (1 - p), rel=0.02)
     (grad,) = torch.autograd.grad(CT, w)
-    torch.testing.assert_close(grad, torch.tensor([4.0, 8.0]), rtol=0.03, atol=0)
+    torch.testing.assert_close(grad, torch.tensor([4.0, 8.0]) * p / (1 - p), rtol=0.03, atol=0)
 
 
-def test_ctgans_critic_drops_half_after_every_layer_but_the_last_and_ends_linear():
+def test_ctgans_critic_drops_after_every_layer_but_the_last_and_ends_linear():
     D, x = ctgan.Critic(3, 32, 16), torch.rand(4, 3, 32, 32)
-    half = ["LeakyReLU 0.2", "Dropout"]
-    assert described(D[0]) == ["3-16 k4 s2 p1+bias", *half, "16-32 k4 s2 p1+bias", *half,
+    first, half = ["LeakyReLU 0.2", "Dropout 0.2"], ["LeakyReLU 0.2", "Dropout 0.5"]
+    assert described(D[0]) == ["3-16 k4 s2 p1+bias", *first, "16-32 k4 s2 p1+bias", *half,
                                "32-64 k4 s2 p1+bias", *half]
     assert described(D[1]) == ["64-1 k4 s1 p0+bias", "Flatten"]
     assert D(x).shape == (4,) and not torch.equal(D(x), D(x)) and torch.equal(D.eval()(x), D(x))
@@ -342,7 +344,7 @@ def test_two_iterations_of_ctgan_equal_numpy(monkeypatch, changed):
     drawn = Drawn(monkeypatch, ctgan, Generator=LinearGenerator, Critic=DroppedCritic)
     G, D = ctgan.train(**changed, steps=2, nz=3, device="cpu", out="run", save_every=1)
 
-    k = dict(lam1=10.0, lam2=2.0, m_prime=0.0, lr=2e-4, beta1=0.5, beta2=0.9, n_critic=5, batch_size=50) | changed
+    k = dict(lam1=10.0, lam2=2.0, m_prime=0.0, lr=2e-4, beta1=0.0, beta2=0.9, n_critic=5, batch_size=50) | changed
     theta, w, m = LinearGenerator.start, DroppedCritic.start, k["batch_size"]
     real, latent, uniform = drawn.real(), drawn["randn"], drawn["rand"]
     opt_G, opt_D = (Adam(k["lr"], k["beta1"], k["beta2"]) for _ in range(2))
@@ -382,7 +384,7 @@ def test_without_dropout_ctgan_is_wgan_gp(monkeypatch):
     left = []
     for script in wgan_gp, ctgan:
         Drawn(monkeypatch, script, side=16)
-        G, D = script.train(steps=2, lr=1e-3, beta1=0.5, batch_size=50, size=16, width=4, nz=5, device="cpu",
+        G, D = script.train(steps=2, lr=1e-3, batch_size=50, size=16, width=4, nz=5, device="cpu",
                             out=script.SCRIPT)
         left.append(flat([*G.parameters(), *D.parameters()]))
     np.testing.assert_allclose(*left, 1e-5, 1e-7)
