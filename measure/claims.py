@@ -57,7 +57,7 @@ JOBS = {
     "progan": Run("progan", 8750, 1250, SMALL),
     "sngan": Run("related/sngan", 6000, 1000),
     "dragan": Run("related/dragan", 6000, 1000),
-    "ctgan": Run("related/ctgan", 1800, 300),
+    "ctgan": Run("related/ctgan", 1400, 200),
     "ls_gan": Run("related/ls_gan", 6000, 1000),
     # 7
     "wgan_gp-rmsprop": Run("wgan_gp", 2000, 500, seeds=(0,), edits={
