@@ -4,7 +4,8 @@ Xiang Wei, Boqing Gong, Zixia Liu, Wei Lu, Liqiang Wang, https://arxiv.org/abs/1
 WGAN-GP's penalty hardly looks at D near real images. Dropout makes D random: two passes of one real image stand for
 two points near it, and D pays where it scores them differently. Made for few images: try --examples 1000.
 
-    L = WGAN-GP's L + λ₂ E[max(0, (D(x) - D(x)′)² + 0.1 mean (D₋(x) - D₋(x)′)² - M′)]   (D₋: all but the last layer)
+    L = E[D(x_tilde)] - E[D(x)] + λ₁ E[(‖∇_x_hat D(x_hat)‖₂ - 1)²] + λ₂ E[CT]
+    CT = max(0, (D(x) - D(x)′)² + 0.1 mean (D₋(x) - D₋(x)′)² - M′)      (D₋: all but the last layer; D(x)′: again)
 
 Differs from the paper, or from its authors' code (the right-hand column has the code's steps, not Algorithm 1's):
 - Networks, initialisation, z: wgan_gp.py's; lr, β₁ and the first dropout: those of the authors' ResNet.
