@@ -1,6 +1,7 @@
 """Images in, images out: what the five scripts share, and nothing of what the papers say.
 
     load_images     a data set by name, or a folder of your own images, as one uint8 tensor
+    load_labels     the classes of a data set's images
     pyramid         these images at every lower resolution, too
     batches         x ~ P_r: endless random batches of it, in [-1, 1], on the device
     save_images     a grid as one PNG;  save_each: every image as its own
@@ -91,8 +92,9 @@ def find_device(name):
     return probe.device
 
 
-def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, enlarge=True, mapped=False):
-    """All images of a data set (its training part) or of a folder: uint8, (N, channels, size, size)
+def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, enlarge=True, mapped=False,
+                train=True):
+    """All images of a part of a data set, or of a folder: uint8, (N, channels, size, size)
 
     dataset   "mnist", "fashion-mnist", "cifar10", or the path of a folder: any depth, through links, too, but
               without hidden and run folders
@@ -103,6 +105,7 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, 
     channels  1 (grey) or 3 (RGB);  None: as the data set, 3 for a folder
     enlarge   False: ValueError for a folder in which every image is smaller than size
     mapped    True: a folder goes through the file below even if it is small, so that processes can share it
+    train     the data set's training part;  False: its test part
 
     Prints how many images there are, and what was left out of a folder. Values of 8 and of true 16 bits keep their
     scale; of all others (floating point, 32 bits, 10 to 14 of 16 bits) the folder's range becomes black to white.
@@ -113,7 +116,7 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, 
     if size < 1:
         raise ValueError(f"--size must be at least 1, not {size}")
     if dataset in DATASETS:
-        images = _from_set(dataset, digit, size, root, channels)
+        images = _from_set(dataset, digit, size, root, channels, train)
         _say(f"{len(images):,} images from {dataset}")
         return images
     folder = Path(os.path.expanduser(dataset))
@@ -124,6 +127,17 @@ def load_images(dataset="mnist", digit=None, size=32, root=None, channels=None, 
         raise ValueError(f"--digit {digit} needs a data set with classes ({', '.join(DATASETS)}), and a folder has "
                          f"none: leave --digit out, or point --dataset at the folder of one class")
     return _from_folder(folder, size, root, channels, enlarge, mapped)
+
+
+def load_labels(dataset="mnist", digit=None, root=None, train=True):
+    """The classes, 0..9, of the images that load_images gives for the same data set, in their order: int64, (N,).
+    ValueError for a folder, which has none;  OSError: the file or the download failed"""
+    if dataset not in DATASETS:
+        raise ValueError(f"--dataset {dataset} has no labels; those that have are {', '.join(DATASETS)}")
+    _, labels = read_set(dataset, Path(os.path.expanduser(root or ROOT)), train)
+    if digit is not None:
+        labels = labels[labels == digit]
+    return labels.long()
 
 
 def _say(line):
@@ -171,10 +185,10 @@ def _archive(file, md5, *urls):
                   f"another folder with --root")
 
 
-def _from_set(dataset, digit, size, root, channels):
+def _from_set(dataset, digit, size, root, channels, train):
     if digit is not None and not 0 <= digit <= 9:
         raise ValueError(f"--digit must be one of the classes 0 to 9 of {dataset}, not {digit}")
-    images, labels = read_set(dataset, root)
+    images, labels = read_set(dataset, root, train)
     if digit is not None:
         images = images[labels == digit]
     if images.shape[-1] == 28 and size != 28:
@@ -704,7 +718,7 @@ def name_of(dataset):
 def run_folder(script, settings):
     """Where a run's images go: OUT, or runs/SCRIPT-DATASET-DIGIT, by its settings out, dataset and digit"""
     name = f"{script}-{name_of(settings.dataset)}".rstrip("/")
-    if settings.digit is not None:
+    if getattr(settings, "digit", None) is not None:        # not every script has it
         name += f"-{settings.digit}"
     return Path(os.path.expanduser(settings.out or f"runs/{name}"))
 

@@ -1,12 +1,13 @@
 """The measurements of docs/claims.md
 
     python measure/claims.py train [NAME...]   the runs that the claims need: two at a time, with one thread each
-    python measure/claims.py 1 2 ... 16        the figures of a claim, and its plot in docs/; without numbers: of all
+    python measure/claims.py 1 2 ... 17        the figures of a claim, and its plot in docs/; without numbers: of all
     python measure/claims.py pictures          samples of the scripts, docs/samples-SCRIPT.png
 
 The runs take about nine hours on two cores; stopped, they go on where they were. One thread each makes their figures
 the same on every machine of a kind, all but the minutes. The plots need matplotlib.
 """
+import csv
 import functools
 import importlib.util
 import math
@@ -111,7 +112,7 @@ JOBS = {
        for slope in (0, 0.2, 0.5, 1)},
     "ls_gan-tau-0.2048": Run("related/ls_gan", 3000, 1000, "--tau 0.2048", (0,)),      # 0.0002 times 32x32 values
 }
-SCRIPTS = [name.split(".")[-1] for name in evaluate.SCRIPTS]   # each is the name of a job, too
+SCRIPTS = [name for name in JOBS if name == JOBS[name].script.split("/")[-1]]        # as they are
 
 
 def script_of(name):
@@ -560,6 +561,23 @@ def claim_16():
                                          "ls_gan-slope-1", "ls_gan-tau-0.2048")))
 
 
+def claim_17():
+    """Semi-supervised: test errors over epochs, by the logs of runs/claims/semi_supervised/SEED"""
+    figure, axes = plot()
+    rows, epochs = [], (5, 10, 20, 40, 60, 100, 150, 200, 250, 300)
+    for seed, colour in zip(range(3), ("#1f4e79", "#2e8b57", "#8e44ad")):
+        with open(RUNS / "semi_supervised" / str(seed) / "log.csv") as file:
+            errors = {int(row["step"]) // 600: int(row["test_errors"]) for row in csv.DictReader(file)}
+        rows.append([seed, *(errors.get(epoch, "") for epoch in epochs)])
+        axes.plot(errors.keys(), errors.values(), color=colour, label=f"seed {seed}")
+    axes.axhspan(93 - 6.5, 93 + 6.5, color="#c0392b", alpha=0.3, label="the paper, 300 epochs: 93 ± 6.5")
+    axes.set(xlabel="epochs", ylabel="errors in 10,000", yscale="log")
+    logarithmic(axes.yaxis)
+    axes.legend()
+    table(["seed", *(f"epoch {epoch}" for epoch in epochs)], *rows)
+    save(figure, 17)
+
+
 def draw(file, *runs):
     """docs/FILE.png: the first images of seed 0 of each (name, how many), in rows of 24"""
     images = []
@@ -584,9 +602,9 @@ def main(words):
         return train_all(words[1:] or JOBS)
     if words == ["pictures"]:
         return pictures()
-    if not set(words) <= set(map(str, range(1, 17))):
-        raise ValueError(f"train, pictures, or numbers of claims, 1 to 16, not {' '.join(words)}")
-    for number in words or range(1, 17):
+    if not set(words) <= set(map(str, range(1, 18))):
+        raise ValueError(f"train, pictures, or numbers of claims, 1 to 17, not {' '.join(words)}")
+    for number in words or range(1, 18):
         claim = globals()[f"claim_{number}"]
         print(f"\n{number}. {claim.__doc__}\n")
         claim()

@@ -272,7 +272,7 @@ def test_pretraining_moves_d_by_real_images_and_not_g(monkeypatch):
 
 
 def test_errors_of_the_claims_say_what_to_do(monkeypatch):
-    for words, sentence in ((["17"], "numbers of claims, 1 to 16, not 17"),
+    for words, sentence in ((["18"], "numbers of claims, 1 to 17, not 18"),
                             (["train", "gan"], "the runs are wgan, .*, not gan"),
                             (["12"], "is not there: python measure/claims.py train wgan_gp$")):
         with pytest.raises(ValueError, match=sentence):

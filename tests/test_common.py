@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 
 import common
-from common import batches, checked, claim, find_device, load_images, name_of, next_image, pyramid, replacing
-from common import run_folder, save_animation, save_curve, save_each, save_images
+from common import batches, checked, claim, find_device, load_images, load_labels, name_of, next_image, pyramid
+from common import replacing, run_folder, save_animation, save_curve, save_each, save_images
 
 
 @pytest.fixture
@@ -62,6 +62,20 @@ def test_mnist_is_the_archives_pixels_with_a_border_of_two_or_resized_or_repeate
         assert other.shape[1:] == (1, size, size)
         assert (blocks(other[:50].float()) - blocks(sevens[:50].float())).abs().mean() < 1.5
     assert torch.equal(load_images("mnist", 7, channels=3), sevens.expand(-1, 3, -1, -1))
+
+
+def test_labels_are_those_of_the_images_in_their_order(tmp_path):
+    for train, n, sevens in ((True, 60_000, 6265), (False, 10_000, 1028)):
+        images, labels = load_images("mnist", size=28, train=train), load_labels("mnist", train=train)
+        assert images.shape == (n, 1, 28, 28) and labels.shape == (n,) and labels.dtype == torch.int64
+        seven = load_images("mnist", 7, 28, train=train)
+        assert len(seven) == sevens and torch.equal(images[labels == 7], seven)
+        assert load_labels("mnist", 7, train=train).tolist() == sevens * [7]
+    with pytest.raises(OSError, match=f"{tmp_path}.* is missing"):
+        load_labels(root=tmp_path)
+    assert len(load_labels()) == 60_000
+    with pytest.raises(ValueError, match="has no labels.*mnist"):
+        load_labels(str(tmp_path))
 
 
 def test_archives_are_read_where_they_are_and_fetched_whole_or_not_at_all(tmp_path, monkeypatch):

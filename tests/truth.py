@@ -89,9 +89,9 @@ class Adam:
     """Kingma & Ba, Algorithm 1, of the loss + decay/2 ‖w‖²"""
     moment = "exp_avg_sq"
 
-    def __init__(self, lr, beta1, beta2, decay=0):
+    def __init__(self, lr, beta1, beta2, decay=0, eps=1e-8):
         self.lr, self.beta1, self.beta2, self.t, self.m, self.v = lr, beta1, beta2, 0, 0, 0
-        self.decay = decay
+        self.decay, self.eps = decay, eps
 
     def step(self, w, g):
         self.g = g                                          # without the decay, as .grad is
@@ -100,7 +100,7 @@ class Adam:
         self.m = self.beta1 * self.m + (1 - self.beta1) * g
         self.v = self.beta2 * self.v + (1 - self.beta2) * g**2
         m, v = self.m / (1 - self.beta1**self.t), self.v / (1 - self.beta2**self.t)
-        return w - self.lr * m / (v**0.5 + 1e-8)
+        return w - self.lr * m / (v**0.5 + self.eps)
 
 
 class RMSProp:
@@ -120,7 +120,7 @@ class Drawn:
     def __init__(self, monkeypatch, script, side=2, **networks):
         pixels = np.random.default_rng(0).integers(0, 256, (50, 1, side, side))
         self.images = torch.tensor(pixels, dtype=torch.uint8)
-        self.numbers = {"randint": [], "randn": [], "rand": [], "rand_like": []}
+        self.numbers = {name: [] for name in ("randint", "randn", "rand", "randperm", "rand_like", "randn_like")}
         for name in self.numbers:
             monkeypatch.setattr(torch, name, self.recorded(name, getattr(torch, name)))
         monkeypatch.setattr(script, "load_images", lambda *_, **__: self.images)
