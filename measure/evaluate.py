@@ -40,7 +40,8 @@ import common  # noqa: E402
 from swd import side_of, swd  # noqa: E402
 
 SCRIPTS = ("wgan", "wgan_gp", "lsgan", "ebgan", "progan",
-           "related.sngan", "related.dragan", "related.ctgan", "related.ls_gan")
+           "related.sngan", "related.dragan", "related.ctgan", "related.ls_gan",
+           "related.improved_gan", "related.semi_supervised")
 
 
 # ---- The classifier ----------------------------------------------------------------------------------------------
