@@ -1,5 +1,6 @@
 """What surrounds the algorithms: files, continuing, Ctrl-C, errors, generating. The run block is the same to the
 letter in the four small scripts, so it is tested on wgan_gp.py, and on progan.py, which has its own"""
+import ast
 import csv
 import errno
 import importlib
@@ -28,8 +29,11 @@ TOP = Path(__file__).resolve().parent.parent
 FOUR = ["wgan", "wgan_gp", "lsgan", "ebgan"]
 SCRIPTS = [*FOUR, "progan"]
 RELATED = ["related.sngan", "related.dragan", "related.ctgan", "related.ls_gan"]
+OWN_RUN = ["related.semi_supervised", "related.improved_gan"]      # in a few functions of the run block
 TINY = dict(digit=7, size=16, nz=8, batch_size=8, device="cpu")
-SMALL = dict(progan=dict(fmap_max=3, kimg=0.008))           # grows after every step
+SMALL = dict(progan=dict(fmap_max=3, kimg=0.008),           # grows after every step
+             semi_supervised=dict(size=28, width=2, labels=10),
+             srgan=dict(size=32, crop=16, blocks=1, width=2, pretrain=2, held_out=4))
 KILLS = int(os.environ.get("KILLS", 1))                     # KILLS=20 python -m pytest -k kill
 
 
@@ -43,13 +47,14 @@ def each(request):
     return importlib.import_module(request.param)
 
 
-@pytest.fixture(params=SCRIPTS + RELATED)
+@pytest.fixture(params=SCRIPTS + RELATED + OWN_RUN)
 def every(request):
     return importlib.import_module(request.param)
 
 
 def tiny(script):
-    return TINY | SMALL.get(script.SCRIPT, dict(width=2))
+    settings = TINY | SMALL.get(script.SCRIPT, dict(width=2))
+    return {name: it for name, it in settings.items() if name in inspect.signature(script.train).parameters}
 
 
 def flags(settings):
@@ -127,6 +132,7 @@ def test_pictures_show_the_same_latents_with_running_statistics():
         assert (off <= 1) == near
 
 
+@pytest.mark.parametrize("each", SCRIPTS + ["related.srgan"], indirect=True)
 def test_one_seed_one_run_and_another_seed_another(each):
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
         main(each, f"--steps 1 --out {out} --seed {seed}")
@@ -137,6 +143,7 @@ def test_one_seed_one_run_and_another_seed_another(each):
             assert_same(a[part], c[part])
 
 
+@pytest.mark.parametrize("every", SCRIPTS + RELATED + ["related.improved_gan"], indirect=True)
 @pytest.mark.parametrize("more", ["--batch-size 1", "--batch-size 7 --channels 3 --size 32"])
 def test_any_batch_size_trains(every, more):
     main(every, f"--steps 2 --out run {more}")
@@ -173,9 +180,11 @@ def test_three_steps_and_three_steps_are_six_steps(every, capsys):
     assert "6 of 6 steps are done" in capsys.readouterr().out and content("parts") == before
     x = G(torch.randn(3, 8))                                # ready to be called: an image depends on its z alone
     saved = every.read("parts")
-    for network, name in ((G, "G_ema" if "G_ema" in saved else "G"), (D, "D")):
+    for network, name in ((G, "G"), (D, "D")):             # or what was averaged
+        name = f"{name}_ema" if f"{name}_ema" in saved else name
         assert_same(dict(network.state_dict()), dict(saved[name]))
-    assert x.shape == (3, 1, 16, 16) and not G.training
+    size = tiny(every)["size"]
+    assert x.shape == (3, 1, size, size) and not G.training
 
 
 def test_files_without_a_checkpoint_do_not_matter(script):
@@ -227,6 +236,7 @@ def test_a_checkpoint_half_written_leaves_the_old_one(script, monkeypatch):
     assert Path("run/checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("script", ["wgan_gp", "progan", "related.srgan"], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(script, capsys, monkeypatch, number):
     log = script.Run.log
@@ -330,6 +340,7 @@ def test_a_run_folder_that_is_in_use_is_refused(script, capsys, monkeypatch):
     assert "another run is writing to run" in capsys.readouterr().err and content("run") == before
 
 
+@pytest.mark.parametrize("each", SCRIPTS + ["related.srgan"], indirect=True)
 def test_numbers_of_any_kind_and_a_checkpoint_that_can_be_read(each):
     kinds = {name: type(parameter.default) for name, parameter in inspect.signature(each.train).parameters.items()}
     settings = {name: np.int64(value) for name, value in tiny(each).items() if kinds[name] is int}
@@ -378,12 +389,13 @@ def test_what_a_terminal_cannot_show_is_replaced(each, monkeypatch, encoding):
     assert end.value.code == 0 and f"run folder: runs/{each.SCRIPT}-????" in shown
 
 
+@pytest.mark.parametrize("every", SCRIPTS + RELATED + OWN_RUN + ["related.srgan"], indirect=True)
 def test_in_a_notebook_and_in_a_package(every):
     source = Path(every.__file__).read_text(encoding="utf-8")
     cell = dict(__name__="cell")
     exec(source, cell)                                      # has no __file__
     cell["train"](**tiny(every), steps=1)
-    assert cell["load"]("runs/notebook-mnist-7")
+    assert cell["load"](*Path("runs").glob("notebook-mnist*"))
     Path("gans").mkdir()
     Path("gans/it.py").write_text(source.replace("\nfrom common import", "\nfrom .common import"), encoding="utf-8")
     shutil.copy(common.__file__, "gans")
@@ -558,13 +570,14 @@ sys.path.insert(0, {str(TOP)!r})
 state = lambda: (torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state()),
                  torch.get_num_threads(), torch.is_grad_enabled(), signal.getsignal(signal.SIGINT))
 before = state()
-import {', '.join(SCRIPTS + RELATED)}
+import {', '.join(SCRIPTS + RELATED + OWN_RUN)}, related.srgan
 assert state() == before
 """
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("each", SCRIPTS + ["related.srgan"], indirect=True)
 def test_help_explains_every_setting(each, capsys):
     with pytest.raises(SystemExit) as end:
         each.main(["--help"])
@@ -587,10 +600,26 @@ def test_what_scripts_share_is_the_same_to_the_letter(names, block):
     assert len({re.search(block, text, re.DOTALL)[0] for text in texts}) == 1
 
 
+def functions_of_the_run(name):
+    """The source, without comments, of every function and method below "The run" """
+    text = Path(importlib.import_module(name).__file__).read_text(encoding="utf-8")
+    run = ast.parse(text[text.index("# ---- The run"):])
+    return {each.name: ast.unparse(each) for each in ast.walk(run) if isinstance(each, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("name, differing", [
+    ("related.semi_supervised", "__init__ save"), ("related.improved_gan", "load main"),
+    ("related.text2image", "__init__ __iter__ recorded save read load generate main"),
+    ("related.srgan", "__init__ __iter__ recorded save read load generate enlarge main")])
+def test_the_run_blocks_of_other_scripts_differ_only_where_they_must(name, differing):
+    usual, own = functions_of_the_run("wgan_gp"), functions_of_the_run(name)
+    assert {key for key in usual | own if usual.get(key) != own.get(key)} == set(differing.split())
+
+
 # ---- CUDA ----
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("script", FOUR + RELATED, indirect=True)
+@pytest.mark.parametrize("script", FOUR + RELATED + OWN_RUN, indirect=True)
 def test_recorded_steps_equal_eager_ones_also_after_a_stop(script, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)        # so that they can be compared closely
@@ -607,7 +636,7 @@ def test_recorded_steps_equal_eager_ones_also_after_a_stop(script, monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("script", SCRIPTS + RELATED, indirect=True)
+@pytest.mark.parametrize("script", SCRIPTS + RELATED + OWN_RUN, indirect=True)
 def test_a_checkpoint_moves_between_cpu_and_cuda(script):
     main(script, "--steps 2 --out run")
     main(script, "--steps 4 --out run --device cuda")
@@ -623,7 +652,7 @@ def test_a_checkpoint_moves_between_cpu_and_cuda(script):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("script", SCRIPTS + RELATED, indirect=True)
+@pytest.mark.parametrize("script", SCRIPTS + RELATED + OWN_RUN, indirect=True)
 def test_images_that_do_not_fit_are_copied_batch_by_batch(script, monkeypatch, capsys):
     main(script, "--steps 3 --out resident --device cuda")
     free = common.free_memory
