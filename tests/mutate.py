@@ -421,7 +421,7 @@ MUTANTS = {
         ("(1 + score", "(0.2 + score"),
         ("wrong * (y[:, None] != y)", "wrong"),
         ("/ len(y) ** 2", "/ len(y)"),
-        ("meaning = ", "meaning = 0 * "),
+        ("torch.tensor([3, 1])", "torch.tensor([1, 1])"),
         ("(y + torch.randint(1, 10, y.shape)) % 10", "(y + torch.randint(0, 10, y.shape)) % 10"),
         ("for each in (y, (y", "for each in (y[:0], (y"),
         ("!= unseen).any(1)", "!= unseen).all(1)"),
