@@ -129,12 +129,13 @@ def train(
     device, dataset = find_device(device), str(dataset)
     size = size or (32 if dataset in DATASETS else 128)
     crop = min(crop, size)
+    if crop % 16 or size % 4 or size < 20:
+        raise ValueError(f"--crop must be a multiple of 16, --size one of 4, and at least 20, not {crop}, {size}")
     config = Namespace(**locals())
     torch.manual_seed(seed)
     G, D = Generator(blocks, width).to(device), Discriminator(crop, width).to(device)
     SRResNet = Generator(blocks, width).to(device).eval()
-    opt_G = torch.optim.Adam(G.parameters(), lr, (0.9, 0.999), fused=True)
-    opt_D = torch.optim.Adam(D.parameters(), lr, (0.9, 0.999), fused=True)
+    opt_G, opt_D = (torch.optim.Adam(each.parameters(), lr, (0.9, 0.999), fused=True) for each in (G, D))
     phi = features(content, device) if content != "mse" else None
     images = load_images(dataset, None, size, root, channels=3)
     P_r = batches(images[:-held_out], batch_size, device)

@@ -365,6 +365,9 @@ MUTANTS = {
         ("beta2=0.999,", "beta2=0.9,"),
     ],
     "related/srgan": [
+        ("if crop % 16 or size % 4 or size < 20:", "if crop % 16 or size % 4:"),
+        ("if crop % 16 or size % 4 or size < 20:", "if size % 4 or size < 20:"),
+        ("if crop % 16 or size % 4 or size < 20:", "if crop % 16 or size < 20:"),
         ("return x + super().forward(x)", "return super().forward(x)"),
         ("layers = [Residual(*layers,", "layers = [nn.Sequential(*layers,"),
         ("nn.Conv2d(n, 3, 9, 1, 4))", "nn.Conv2d(n, 3, 9, 1, 4), nn.Tanh())"),

@@ -257,6 +257,8 @@ def test_a_failed_download_and_what_does_not_exist_are_one_sentence(monkeypatch,
         sentence = refused(capsys, "--content", content)
         assert "--content" in sentence and reason in sentence and not Path("run").exists()
     assert "--unknown" in refused(capsys, "--unknown", "3")
+    for words in (["--crop", "24"], ["--size", "28"], ["--size", "66"], ["--size", "16"]):
+        assert "--crop must be a multiple of 16" in refused(capsys, "--steps", "1", *words) and not Path("run").exists()
 
 
 # ---- What is trained on, and what is shown ----
@@ -348,14 +350,14 @@ class TinyCritic(nn.Module):
 @pytest.mark.parametrize("changed", [{}, dict(lr=0.02, adversarial=0.5, batch_size=3, content="vgg22")])
 def test_two_steps_of_srresnet_and_two_of_srgan_equal_numpy(monkeypatch, changed):
     drawn = Drawn(monkeypatch, srgan, Generator=TinyGenerator, Discriminator=TinyCritic)
-    drawn.images = torch.tensor(np.random.default_rng(0).integers(0, 256, (12, 3, 20, 20)), dtype=torch.uint8)
+    drawn.images = torch.tensor(np.random.default_rng(0).integers(0, 256, (12, 3, 32, 32)), dtype=torch.uint8)
     scale = 3 if changed else 1                             # of what stands for the features
 
     def thrice(content, device):
         assert content == "vgg22" and device.type == "cpu"
         return lambda x: 3 * x
     monkeypatch.setattr(srgan, "features", thrice)
-    G, D = srgan.train(**changed, pretrain=2, steps=4, size=20, held_out=6, save_every=1, device="cpu", out="run")
+    G, D = srgan.train(**changed, pretrain=2, steps=4, size=32, held_out=6, save_every=1, device="cpu", out="run")
 
     k = dict(lr=1e-3, adversarial=1e-3, batch_size=8) | changed
     theta, w, m = TinyGenerator.start, TinyCritic.start, k["batch_size"]
