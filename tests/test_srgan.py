@@ -258,7 +258,8 @@ def test_a_failed_download_and_what_does_not_exist_are_one_sentence(monkeypatch,
         assert "--content" in sentence and reason in sentence and not Path("run").exists()
     assert "--unknown" in refused(capsys, "--unknown", "3")
     for words in (["--crop", "24"], ["--size", "28"], ["--size", "66"], ["--size", "16"]):
-        assert "--crop must be a multiple of 16" in refused(capsys, "--steps", "1", *words) and not Path("run").exists()
+        sentence = refused(capsys, "--steps", "1", *words)
+        assert "--crop must be a multiple of 16" in sentence and not Path("run").exists()
 
 
 # ---- What is trained on, and what is shown ----
