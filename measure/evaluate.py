@@ -41,7 +41,7 @@ from swd import side_of, swd  # noqa: E402
 
 SCRIPTS = ("wgan", "wgan_gp", "lsgan", "ebgan", "progan",
            "related.sngan", "related.dragan", "related.ctgan", "related.ls_gan",
-           "related.improved_gan", "related.semi_supervised")
+           "related.improved_gan")
 
 
 # ---- The classifier ----------------------------------------------------------------------------------------------
