@@ -154,7 +154,7 @@ def train(
     for step in run:
         opt_G.param_groups[0]["lr"] = opt_D.param_groups[0]["lr"] = lr if step <= pretrain / 2 else lr / 10
         i, j = torch.randint(size - crop + 1, (2,)).tolist()
-        HR = next(P_r)[..., i:i + crop, j:j + crop]         # §3.2  a part of N images
+        HR = next(P_r)[..., i:i + crop, j:j + crop]         # §3.2  of N images one part
         SR = G(downscale(HR))
         l_X = content_loss(HR, SR, phi)                     # (4), (5)
         l_Gen = l_D = torch.zeros_like(l_X)                 # §3.2  SRResNet: l_X alone

@@ -616,6 +616,11 @@ def test_the_run_blocks_of_other_scripts_differ_only_where_they_must(name, diffe
     assert {key for key in usual | own if usual.get(key) != own.get(key)} == set(differing.split())
 
 
+def test_scripts_of_two_phases_run_alike():
+    a, b = functions_of_the_run("related.text2image"), functions_of_the_run("related.srgan")
+    assert a["__iter__"] == b["__iter__"] and a["read"] == b["read"]
+
+
 # ---- CUDA ----
 
 @pytest.mark.cuda
