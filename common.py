@@ -2,6 +2,7 @@
 
     load_images     a data set by name, or a folder of your own images, as one uint8 tensor
     load_labels     the classes of a data set's images
+    each_image      the images of a folder one by one, each as large as it is
     pyramid         these images at every lower resolution, too
     batches         x ~ P_r: endless random batches of it, in [-1, 1], on the device
     save_images     a grid as one PNG;  save_each: every image as its own
@@ -242,6 +243,27 @@ def _from_folder(folder, size, root, channels, enlarge, mapped):
     return images
 
 
+def each_image(folder):
+    """The images of a folder, any depth, one by one, upright, transparency on white, each as large as it is: path
+    in the folder, uint8 (3, H, W).  Names those that cannot be read.  ValueError if there is none"""
+    paths, _ = _files(Path(os.path.expanduser(folder)))
+    if not paths:
+        raise ValueError(f"there are no images in {folder}")
+    for path in paths:
+        image = _read(path, None, 3)
+        if isinstance(image, tuple):
+            mode, low, high = image
+            image = _read(path, None, 3, {mode: _black_and_white(mode, low, high)})
+        if isinstance(image, Exception):
+            _left_out(path, image)
+        else:
+            yield path.relative_to(os.path.expanduser(folder)), image
+
+
+def _left_out(path, error):
+    print(f"left out {path}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
 def _is_a_run(folder):
     return any(os.path.exists(os.path.join(folder, name)) for name in (".run", "checkpoint.pt"))
 
@@ -363,7 +385,7 @@ def _decoded(paths, size, channels):
             images, part = [], paths[start:start + some]
             for path, image in zip(part, pool.map(lambda path: _read(path, size, channels), part)):
                 if isinstance(image, Exception):
-                    print(f"left out {path}: {type(image).__name__}: {image}", file=sys.stderr)
+                    _left_out(path, image)
                     continue
                 if isinstance(image, tuple):
                     mode, *values = image
@@ -381,9 +403,7 @@ def _decoded(paths, size, channels):
                 shown = time.monotonic()
                 _say(f"{start + len(part):,} of {len(paths):,} images decoded")
     for mode, (least, most) in ranges.items():
-        if mode != "F" and least >= 0 and 2**14 <= most < 2**16:
-            ranges[mode] = 0, 255 << 8                      # true 16 bits: the upper 8 of them
-        black, white = ranges[mode]
+        ranges[mode] = black, white = _black_and_white(mode, least, most)
         _say(f"of the values of mode {mode}, {least:g} to {most:g}, {black:g} becomes black and {white:g} white")
     for place, path in deep:
         image = _read(path, size, channels, ranges)
@@ -393,6 +413,12 @@ def _decoded(paths, size, channels):
         yield place, image[None]
     if dull:
         _say(f"{dull:,} of {n:,} images show hardly anything: their values differ by less than 32 of 255")
+
+
+def _black_and_white(mode, least, most):
+    if mode != "F" and least >= 0 and 2**14 <= most < 2**16:
+        return 0, 255 << 8                                  # true 16 bits: the upper 8 of them
+    return least, most
 
 
 def _is_dull(image):
@@ -413,8 +439,9 @@ TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSP
 
 
 def _read(path, size, channels, ranges=None):
-    """One image file as uint8 (channels, size, size); or the exception that reading it raised; or, if it has values
-    of other kinds than 8 bits and their ranges, {mode: (low, high)}, are not known yet: mode, low, high"""
+    """One image file as uint8 (channels, size, size), or, without size, as large as it is; or the exception that
+    reading it raised; or, if its values are of other kinds than 8 bits and their ranges, {mode: (low, high)}, are
+    not known yet: mode, low, high"""
     try:
         image = _opened(path)
         if image.mode == "F" or image.mode.startswith("I"):
@@ -434,8 +461,9 @@ def _read(path, size, channels, ranges=None):
         mode = "L" if channels == 1 else "RGB"
         if image.mode != mode:
             image = image.convert(mode)
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1).contiguous()
+        if size:
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image)).view(*image.size[::-1], channels).permute(2, 0, 1).contiguous()
     except DAMAGED as error:
         if _out_of_memory(error):
             raise MemoryError from error

@@ -249,14 +249,18 @@ def test_the_content_loss_is_the_features_mean_square():
     torch.testing.assert_close(grad, -4 * SR * (HR**2 - SR**2) / SR.numel())
 
 
-def test_a_failed_download_and_what_does_not_exist_are_one_sentence(monkeypatch, capsys):
+def test_a_failed_download_and_what_does_not_exist_are_one_sentence(monkeypatch, photographs, capsys):
     def vgg19(weights):
-        raise urllib.error.URLError("no network")
+        raise errors.pop(0)
+    errors = [urllib.error.URLError("no network"), RuntimeError("invalid hash value")]
     monkeypatch.setattr(torchvision.models, "vgg19", vgg19)
-    for content, reason in (("vgg99", "vgg99"), ("vgg54", "no network")):
+    for content, reason in (("vgg99", "vgg99"), ("vgg54", "no network"), ("vgg22", "invalid hash value")):
         sentence = refused(capsys, "--content", content)
         assert "--content" in sentence and reason in sentence and not Path("run").exists()
     assert "--unknown" in refused(capsys, "--unknown", "3")
+    for held_out in "3", "12":
+        sentence = refused(capsys, "--held-out", held_out, *flags(dict(steps=1, size=32, crop=16)))
+        assert f"at least 4 and fewer than all 12 images, not {held_out}" in sentence and not Path("run").exists()
     for words in (["--crop", "24"], ["--size", "28"], ["--size", "66"], ["--size", "16"]):
         sentence = refused(capsys, "--steps", "1", *words)
         assert "--crop must be a multiple of 16" in sentence and not Path("run").exists()
@@ -458,7 +462,7 @@ def test_the_size_of_images_and_where_they_come_from(monkeypatch):
 
 # ---- Continue ----
 
-def test_three_steps_and_three_steps_are_six_steps(photographs, capsys):
+def test_three_steps_and_three_steps_are_six_steps(photographs, capsys, monkeypatch):
     settings = TINY | dict(pretrain=4)
     srgan.train(**settings, steps=6, save_every=1, out="whole")
     srgan.train(**settings, steps=3, out="parts")
@@ -479,6 +483,9 @@ def test_three_steps_and_three_steps_are_six_steps(photographs, capsys):
         assert_same(dict(network.state_dict()), dict(parts[name]))
     other = flags(settings | dict(pretrain=5, steps=9, out="parts"))
     assert "pretrain 4, not 5" in refused(capsys, *other)
+    monkeypatch.setattr(srgan, "load_images", lambda *_, **__: photographs[1:])
+    srgan.train(**settings, steps=6, out="parts")
+    assert "images 12 -> 11 from step 7 on" in capsys.readouterr().out
     assert Path("parts/checkpoint.pt").read_bytes() == before
 
 
@@ -515,22 +522,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(monke
 # ---- Enlarge ----
 
 def test_photographs_of_a_folder_are_enlarged_by_the_run(photographs, capsys):
-    """Upright, of any size, grey ones, too; other files are left alone"""
+    """Upright, of any size and depth, transparency on white; other files are left alone, damaged ones named"""
     srgan.train(**TINY, steps=1, out="run")
     rng = np.random.default_rng(0)
     turned, grey = rng.integers(0, 256, (9, 14, 3), dtype=np.uint8), rng.integers(0, 256, (11, 20), dtype=np.uint8)
-    Path("mine").mkdir()
+    clear = rng.integers(0, 256, (8, 6, 4), dtype=np.uint8)
+    Path("mine/more").mkdir(parents=True)
     Path("mine/notes.txt").write_text("no image")
+    Path("mine/damaged.png").write_bytes(b"no image")
+    Image.fromarray(clear).save("mine/more/grey.png")
     exif = Image.Exif()
     exif[0x0112] = 6                                        # to be shown turned to the right
     Image.fromarray(turned).save("mine/turned.png", exif=exif)
     Image.fromarray(grey).save("mine/GREY.PNG")
+    Image.fromarray(128 * grey.astype(np.uint16)).save("mine/deep.png")
     srgan.main(["--enlarge", "mine", "--out", "run", "--device", "cpu", "--blocks", "3"])   # the checkpoint's: 1
-    assert sorted(str(file) for file in Path("run/enlarged").iterdir()) == ["run/enlarged/GREY.png",
-                                                                            "run/enlarged/turned.png"]
-    assert "2 images in run/enlarged\n" in capsys.readouterr().out
+    files = {file.relative_to("run/enlarged").as_posix() for file in Path("run/enlarged").rglob("*.png")}
+    assert files == {"GREY.PNG.png", "deep.png.png", "turned.png.png", "more/grey.png.png"}
+    out, err = capsys.readouterr()
+    assert "run/enlarged\n" in out and err.startswith("left out mine/damaged.png")
     G = srgan.load("run")
-    for name, upright in (("turned", np.rot90(turned, -1)), ("GREY", grey[..., None].repeat(3, 2))):
+    alpha = clear[..., 3:] / 255.
+    uprights = {"turned.png": np.rot90(turned, -1), "GREY.PNG": grey[..., None].repeat(3, 2),
+                "deep.png": (grey // 2)[..., None].repeat(3, 2),
+                "more/grey.png": (clear[..., :3] * alpha + 255 * (1 - alpha)).round()}
+    for name, upright in uprights.items():
         (x,) = G(torch.tensor(upright.transpose(2, 0, 1) / 255)[None].float())
         assert x.shape == (3, 4 * len(upright), 4 * upright.shape[1])
         assert_shows(shown(f"run/enlarged/{name}.png"), x)
@@ -540,6 +556,5 @@ def test_errors_of_enlarging_are_one_sentence(photographs, capsys):
     Path("mine").mkdir()
     assert "run is missing, damaged" in refused(capsys, "--enlarge", "mine")
     srgan.train(**TINY, steps=1, out="run")
-    assert "nowhere" in refused(capsys, "--enlarge", "nowhere")
-    Path("mine/damaged.jpg").write_bytes(b"no image")
-    assert "damaged.jpg" in refused(capsys, "--enlarge", "mine")
+    for folder in "nowhere", "mine":
+        assert f"no images in {folder}" in refused(capsys, "--enlarge", folder)
