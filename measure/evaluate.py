@@ -13,6 +13,7 @@ classifier, which is trained once, in a few minutes, and kept beside the data se
     precision   share of generated images that lie among real ones: not farther from one of them than its third
                 nearest real one is; of 2,000 images of each
     recall      share of real images that lie among generated ones (both: Kynkäänniemi et al. 2019)
+    score       inception score (Salimans et al. 2016), by the small classifier: 1 to 10, for clear and various classes
     entropy     of the classes that the classifier sees, in bits; ten equally frequent ones have 3.32
     copies      share of generated images (of 1,000) whose nearest training image is less than half as far as that
                 image's own nearest neighbour in the training set, pixel by pixel
@@ -132,6 +133,12 @@ def copies(images, training, most=1000):
     return copied / len(images)
 
 
+def inception_score(p):
+    """Improved Techniques (4): exp E_x KL(p(y|x) ‖ p(y)), p(y) the mean over x.  Probabilities (n, K) -> 1 to K"""
+    p = p.double().clamp(min=1e-300)
+    return (p * (p.log() - p.mean(0).log())).sum(1).mean().exp().item()
+
+
 def entropy(counts):
     """Of a histogram, in bits"""
     p = counts.double() / counts.sum()
@@ -183,10 +190,11 @@ def judge(images, to, copied=None):
     images = as_the_data_set(images)[shuffled(len(images))]     # a folder's may be sorted by class
     features = features_of(to.classifier, images)
     precision, recall = precision_recall(to.features, features)
-    counts = torch.bincount(to.classifier.scores(features).argmax(1), minlength=10)
+    scores = to.classifier.scores(features)
+    counts = torch.bincount(scores.argmax(1), minlength=10)
     return {"Fréchet": frechet(to.features, features), "precision": precision, "recall": recall,
-            "entropy": entropy(counts), "copies": copies(images if copied is None else copied, to.training),
-            "classes": counts / counts.sum()}
+            "score": inception_score(scores.softmax(1)), "entropy": entropy(counts),
+            "copies": copies(images if copied is None else copied, to.training), "classes": counts / counts.sum()}
 
 
 def as_the_data_set(images):
@@ -222,7 +230,7 @@ def opened(run):
 def shown(name, figures):
     classes = " ".join(f"{100 * share:3.0f}" for share in figures["classes"])
     return (f"{name:<36} {figures['Fréchet']:8.2f} {figures['precision']:10.3f} {figures['recall']:7.3f} "
-            f"{figures['entropy']:8.2f} {figures['copies']:7.3f}   {classes}")
+            f"{figures['score']:6.2f} {figures['entropy']:8.2f} {figures['copies']:7.3f}   {classes}")
 
 
 def spread(values):
@@ -275,8 +283,8 @@ def compare(args):
             what = dataset if digit is None else f"{dataset}, class {digit}"
             print(f"{what}: {len(images):,} images against {len(to.test):,} test images; "
                   f"the classifier is right on {to.accuracy:.1%}\n"
-                  f"{'':<36} {'Fréchet':>8} {'precision':>10} {'recall':>7} {'entropy':>8} {'copies':>7}   "
-                  f"classes 0 to 9 in percent")
+                  f"{'':<36} {'Fréchet':>8} {'precision':>10} {'recall':>7} {'score':>6} {'entropy':>8} "
+                  f"{'copies':>7}   classes 0 to 9 in percent")
             print(shown(f"{len(floor):,} training images", judge(floor, to, copied=to.test)), flush=True)
         figures = judge(images, to)
         print(shown(str(name), figures), flush=True)

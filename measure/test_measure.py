@@ -85,6 +85,13 @@ def test_copies_and_entropy():
     assert evaluate.entropy(torch.tensor([3, 1])) == pytest.approx(0.811278)
 
 
+def test_inception_score():
+    assert evaluate.inception_score(torch.tensor([[0.2, 0.3, 0.5]]).expand(7, 3)) == pytest.approx(1)
+    assert evaluate.inception_score(torch.eye(5).repeat(3, 1)) == pytest.approx(5)
+    assert evaluate.inception_score(torch.tensor([[1.0, 0], [1, 0], [0, 1]])) == pytest.approx(3 / 2**(2 / 3))
+    assert evaluate.inception_score(torch.tensor([[0.9, 0.1], [0.1, 0.9]])) == pytest.approx(2 * 0.9**0.9 * 0.1**0.1)
+
+
 # ---- evaluate.py: the classifier and the runs ----
 
 @pytest.fixture
@@ -155,7 +162,7 @@ def test_command_line(root, capsys, monkeypatch):
     assert "40 images against 1,028 test images" in what and "class 7" in what and head.split()[0] == "Fréchet"
     cells = [[float(cell) for cell in re.sub(r"^(run\S+|40 training images)( \(2 steps\))?", "", line).split()]
              for line in (floor, first, second, same)]
-    assert all(len(line) == 15 for line in cells) and cells[0][0] < cells[1][0] != cells[2][0]
+    assert all(len(line) == 16 for line in cells) and cells[0][0] < cells[1][0] != cells[2][0]
     assert cells[1] == cells[3]                             # a run, and the pictures that it generates
     mean, deviation = re.match(r"run-0 run-1: 2 seeds: Fréchet ([\d.]+) ± ([\d.]+), precision ", both).groups()
     assert float(mean) == pytest.approx((cells[1][0] + cells[2][0]) / 2, rel=0.01)
