@@ -49,11 +49,16 @@ class Discriminator(nn.Sequential):
     """D(x): images -> logits of being real.  (m, channels, size, size) -> (m,).  No batch norm"""
     def __init__(self, channels=1, size=32, width=16):
         n = width
-        layers = [nn.Conv2d(channels, n, 4, 2, 1), nn.LeakyReLU(0.2)]               # (m, n, size/2, size/2)
+        layers = [nn.Conv2d(channels, n, 4, 2, 1), LeakyReLU()]                    # (m, n, size/2, size/2)
         while n < width * size // 8:
-            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1), LeakyReLU()]
             n *= 2                                              # (m, n, size/4, size/4), ..., (m, n, 4, 4)
-        super().__init__(*layers, nn.Conv2d(n, 1, 4, 1, 0), nn.Flatten(0))          # (m, 1, 1, 1), (m,)
+        super().__init__(*layers, nn.Flatten(), nn.Linear(16 * n, 1), nn.Flatten(0))    # (m, 1), (m,)
+
+
+class LeakyReLU(nn.Module):     # nn.LeakyReLU, but for f″ = 0, which backward() would send through all of D
+    def forward(self, x):
+        return x * x.detach().sign().clamp(min=0.2)
 
 
 # ---- The penalty's two parts -------------------------------------------------------------------------------------
@@ -65,8 +70,7 @@ def perturb(x, c=0.5):
 def grad_norm(D, x):
     """‖∇_x D(x)‖₂ of every image x, itself differentiable.  (m, ...) -> (m,)"""
     x = x.detach().requires_grad_()
-    # D scores each image on its own (so: no batch norm in D). The gradient of the summed
-    # scores is therefore, image by image, the gradient of that image's own score.
+    # No score depends on another image (so: no batch norm in D): the gradient of the sum has each image's own.
     (grad,) = torch.autograd.grad(D(x).sum(), x, create_graph=True)
     return torch.linalg.vector_norm(grad.reshape(len(x), -1), dim=1)    # unlike sqrt(sum of squares), not nan at 0
 

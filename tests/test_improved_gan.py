@@ -178,8 +178,8 @@ def test_the_networks_are_those_of_wgan_gp():
     norms = [layer for layer in G if isinstance(layer, VirtualBatchNorm)]
     assert [(len(norm.gamma), len(norm.beta), norm.B) for norm in norms] == [(n, n, 64) for n in (64, 32, 16)]
     D = Discriminator(3, 32, 16)
-    assert described(D)[:-4] == described(wgan_gp.Critic(3, 32, 16))[:-2]
-    assert described(D)[-4:] == ["Flatten", "MinibatchDiscrimination", "Linear", "Flatten"]
+    assert described(D)[:-4] == described(wgan_gp.Critic(3, 32, 16))[:-3]
+    assert described(D)[-4:] == ["Flatten", "MinibatchDiscrimination", "Linear 1074-1+bias", "Flatten"]
     assert D[-3].T.shape == (1024, 50, 5) and D[-2].weight.shape == (1, 1074) and D[-2].bias.shape == (1,)
     assert D(torch.zeros(2, 3, 32, 32)).shape == (2,)
     with pytest.raises(ValueError, match="--size"):

@@ -45,7 +45,7 @@ def test_shapes_and_range(script, size, channels):
     else:
         assert D(x).shape == (3,)
         widths = [layer.out_channels for layer in D if isinstance(layer, nn.Conv2d)]
-        assert widths == [2 * 2**i for i in range(len(widths) - 1)] + [1]
+        assert widths == [2 * 2**i for i in range(len(widths))] and D[-2].in_features == 16 * widths[-1]
 
 
 def test_other_sizes_are_refused(script):
@@ -66,7 +66,7 @@ def test_the_generators_layers_are_those_of_dcgan(script):
 def test_the_critic_is_dcgans_and_ends_linear(script):
     assert described(SECOND[script](3, 32, 16)) == [
         "3-16 k4 s2 p1", "LeakyReLU 0.2", "16-32 k4 s2 p1", *norm(32, "LeakyReLU 0.2"),
-        "32-64 k4 s2 p1", *norm(64, "LeakyReLU 0.2"), "64-1 k4 s1 p0", "Flatten"]
+        "32-64 k4 s2 p1", *norm(64, "LeakyReLU 0.2"), "Flatten", "Linear 1024-1", "Flatten"]
     for size, n in ((64, 2_765_568), (32, 663_296)):
         assert sum(p.numel() for p in SECOND[script](3, size, 64).parameters()) == n
 
@@ -74,7 +74,7 @@ def test_the_critic_is_dcgans_and_ends_linear(script):
 def test_wgan_gps_critic_has_biases_and_no_batch_norm_and_ends_linear():
     assert described(wgan_gp.Critic(3, 32, 16)) == [
         "3-16 k4 s2 p1+bias", "LeakyReLU 0.2", "16-32 k4 s2 p1+bias", "LeakyReLU 0.2",
-        "32-64 k4 s2 p1+bias", "LeakyReLU 0.2", "64-1 k4 s1 p0+bias", "Flatten"]
+        "32-64 k4 s2 p1+bias", "LeakyReLU 0.2", "Flatten", "Linear 1024-1+bias", "Flatten"]
 
 
 def test_the_autoencoders_layers():
@@ -185,6 +185,13 @@ def test_gradient_norm_is_each_images_own_whatever_else_is_in_the_batch():
     alone = torch.cat([grad_norm(D, x[i:i + 1]) for i in range(6)])
     assert alone.std() > 1e-3 * alone.mean()                # otherwise the comparison would show nothing
     torch.testing.assert_close(grad_norm(D, x), alone, rtol=1e-4, atol=1e-7)
+
+
+def test_the_critics_slopes_are_constants_and_those_of_leaky_relu():
+    x = torch.tensor([-3.0, -1e-30, -0.0, 0.0, 1e-30, 2.0], requires_grad=True)
+    assert torch.equal(wgan_gp.LeakyReLU()(x), nn.functional.leaky_relu(x, 0.2))
+    (grad,) = torch.autograd.grad(wgan_gp.LeakyReLU()(x).sum(), x, create_graph=True)
+    assert torch.equal(grad, torch.tensor([0.2, 0.2, 0.2, 0.2, 1.0, 1.0])) and not grad.requires_grad
 
 
 def test_the_penalty_reaches_the_critics_weights_and_not_the_images():

@@ -40,11 +40,14 @@ def losses_where_D_says(monkeypatch, script, real, fake, **settings):
 
 def test_the_networks_are_those_of_wgan_and_wgan_gp():
     without_norm, with_norm = (described(script.Critic(3, 32, 16)) for script in (wgan_gp, wgan))
-    for script, layers in ((sngan, without_norm), (dragan, without_norm), (ls_gan, with_norm)):
+    convolution = [*without_norm[:-3], "64-1 k4 s1 p0+bias", "Flatten"]
+    for script, layers in ((sngan, convolution), (dragan, without_norm), (ls_gan, with_norm)):
         D = script.Discriminator(3, 32, 16)
         assert described(D) == layers and D(torch.zeros(2, 3, 32, 32)).shape == (2,)
     for script, nearest in ((sngan, wgan_gp), (dragan, wgan_gp), (ctgan, wgan_gp), (ls_gan, wgan)):
         assert inspect.getsource(script.Generator) == inspect.getsource(nearest.Generator)
+    for script in dragan, ctgan:
+        assert inspect.getsource(script.LeakyReLU) == inspect.getsource(wgan_gp.LeakyReLU)
 
 
 def test_networks_are_initialised_as_those_of_wgan_and_wgan_gp():
@@ -302,7 +305,7 @@ def test_ctgans_critic_drops_after_every_layer_but_the_last_and_ends_linear():
     first, half = ["LeakyReLU 0.2", "Dropout 0.2"], ["LeakyReLU 0.2", "Dropout 0.5"]
     assert described(D[0]) == ["3-16 k4 s2 p1+bias", *first, "16-32 k4 s2 p1+bias", *half,
                                "32-64 k4 s2 p1+bias", *half]
-    assert described(D[1]) == ["64-1 k4 s1 p0+bias", "Flatten"]
+    assert described(D[1]) == ["Flatten", "Linear 1024-1+bias", "Flatten"]
     assert D(x).shape == (4,) and not torch.equal(D(x), D(x)) and torch.equal(D.eval()(x), D(x))
 
 

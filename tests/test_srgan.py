@@ -201,7 +201,7 @@ def test_the_discriminator_is_figure_4s():
     for n, stride in ((64, 2), (128, 1), (128, 2), (256, 1), (256, 2), (512, 1), (512, 2)):
         expected += [f"{channels}-{n} k3 s{stride} p1+bias", *norm(n, on)]
         channels = n
-    assert described(D) == [*expected, "Flatten", "Linear", on, "Linear", "Flatten"]
+    assert described(D) == [*expected, "Flatten", "Linear 18432-1024+bias", on, "Linear 1024-1+bias", "Flatten"]
     assert Discriminator(48, 2)(torch.zeros(3, 3, 48, 48)).shape == (3,)
 
 

@@ -195,9 +195,12 @@ def described(layers):
             (k, _), (s, _), (p, _) = layer.kernel_size, layer.stride, layer.padding
             bias = "" if layer.bias is None else "+bias"
             return f"{layer.in_channels}-{layer.out_channels} k{k} s{s} p{p}{bias}"
-        details = dict(BatchNorm2d=["num_features", "eps", "momentum", "affine"], LeakyReLU=["negative_slope"],
-                       Dropout=["p"])
+        details = dict(BatchNorm2d=["num_features", "eps", "momentum", "affine"], Dropout=["p"])
         name = type(layer).__name__
+        if name == "LeakyReLU":
+            return f"LeakyReLU {-layer(torch.tensor(-1.0)):.4g}"
+        if name == "Linear":
+            return f"Linear {layer.in_features}-{layer.out_features}{'' if layer.bias is None else '+bias'}"
         return " ".join([name, *(str(getattr(layer, key)) for key in details.get(name, ()))])
     return [line(layer) for layer in layers]
 
