@@ -6,6 +6,7 @@ scripts one table of the five: milliseconds per step, images per second, the usu
         the same networks (by turns), share of the machine's matrix rate, memory; CUDA, eager and recorded
 usual   critic updates per second of wgan_gp.py and of the usual way of writing it, by turns, same networks
 matrix  the floating-point operations of a step of width 64 against what this machine reaches in matrix products
+profile the operations of a step that take the most time, and the share of each
 memory  resident memory of the default command, after 10 and after 1,000 steps
 growing seconds for the same number of images with progan.py: growing, and at the last resolution all along, by
         turns; operations where that would take too long
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.profiler import ProfilerActivity  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.flop_counter import flop_registry  # noqa: E402
 from torchvision import datasets, transforms  # noqa: E402
@@ -106,8 +108,8 @@ def usual_step(name, networks=None, resize=transforms.Pad(2)):
     loader = torch.utils.data.DataLoader(mnist, m, shuffle=True, drop_last=True)
     reals = (real for _ in itertools.count() for real, _ in loader)
     if name == "progan":
-        G, D = script.Generator(32, 1, fmap_max=32), script.Discriminator(32, 1, fmap_max=32)
-        G_ema, nz, drift = copy.deepcopy(G), 512, 0.001
+        G, D = script.Generator(32, 1, 128, 64, 64), script.Discriminator(32, 1, 128, 64)
+        G_ema, nz, drift = copy.deepcopy(G), 64, 0.001
     else:
         second = script.Critic if name.startswith("wgan") else script.Discriminator
         (G, D), nz, drift = networks or (script.Generator(), second()), 100, 0
@@ -169,7 +171,7 @@ def seconds_of(usual, warm, steps):
 
 def settings_of(name):
     """Of a step whose speed is that of most of the run: progan.py's last resolution, as in the README's line"""
-    return dict(size=32, fmap_max=32, kimg=0.001) if name == "progan" else {}
+    return dict(fmap_base=128, fmap_max=64, nz=64, kimg=0.001) if name == "progan" else {}
 
 
 def flops_of(script, settings, at=10):
@@ -266,6 +268,26 @@ def matrix(rounds=5):
         print(f"  {flops / 1e9:.1f} GFLOP a step in {seconds:.2f} s: "
               f"{flops / seconds / 1e9:.0f} of {rate / 1e9:.0f} GFLOP/s, {shares[-1]:.0%}")
     print(f"matrix: width 64, 32x32, batch 64: median share of the matrix rate {median(shares):.0%}")
+
+
+def profile(warm=10, steps=10):
+    for name in ("wgan", "wgan_gp", "lsgan", "ebgan", "progan"):
+        script, profiler = importlib.import_module(name), torch.profiler.profile(activities=[ProfilerActivity.CPU])
+        original = script.Run.__iter__
+
+        def profiled(run):
+            for done, step in enumerate(original(run)):
+                if done == warm:
+                    profiler.start()
+                if done == warm + steps:
+                    profiler.stop()
+                yield step
+        with patched(script.Run, __iter__=profiled):
+            train(0, warm + steps, script, device="cpu", **settings_of(name))
+        events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        total = sum(event.self_cpu_time_total for event in events)
+        print(f"profile: {name}: {total / 1000 / steps:.0f} ms a step: " + ", ".join(
+            f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / total:.0%}" for event in events[:8]))
 
 
 def resident():
@@ -397,8 +419,8 @@ def processor():
 
 
 if __name__ == "__main__":
-    modes = dict(scripts=scripts, usual=usual, matrix=matrix, memory=memory, growing=growing, large=large,
-                 cuda=cuda)
+    modes = dict(scripts=scripts, usual=usual, matrix=matrix, profile=profile, memory=memory, growing=growing,
+                 large=large, cuda=cuda)
     names = sys.argv[1:] or list(modes)
     if unknown := set(names) - set(modes):
         sys.exit(f"benchmark.py: {', '.join(sorted(unknown))}: not one of {', '.join(modes)}")
