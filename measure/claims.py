@@ -195,7 +195,7 @@ def sampled(name, seed, step=None, average=True):
 def judged(*run):
     """measure/evaluate.py's figures of sampled(*run), its log's means over the last 1,000 steps, and its seconds"""
     images, saved = sampled(*run)
-    step, seconds, rows, _ = saved["run"]
+    step, seconds, rows, *_ = saved["run"]
     recent = [row for row in rows if row["step"] > step - 1000]
     means = {column: mean(row[column] for row in recent) for column in rows[0]}
     return means | evaluate.judge(images, mnist()) | {"seconds": seconds}
