@@ -534,28 +534,26 @@ def free_memory(device="cpu"):
     return min(free)
 
 
-def batches(images, m, device="cpu", resident=False):
+def resident(images, device):
+    """The images, in the device's memory if they take at most half of what is free there"""
+    fits = torch.device(device).type == "cpu" or images.nbytes <= free_memory(device) / 2
+    return images.to(device) if fits else images
+
+
+def batches(images, m, device="cpu"):
     """x ~ P_r: an endless iterator over batches (m, C, H, W), float32 in [-1, 1], on the device
 
     images  uint8, (N, C, H, W), as from load_images
     m       images per batch, drawn uniformly with replacement: every batch is full, whatever N is
 
-    Images that fit into half of the device's free memory are kept there, and a batch is one index on the device;
-    others stay where they are, and each batch is copied. Raises ValueError if m < 1, without images, and, with
-    resident=True, if the images are not in a GPU's memory.
+    Images that fit (resident) are kept in the device's memory, and a batch is one index there; others stay where
+    they are, and each batch is copied. Raises ValueError if m < 1, or without images.
     """
     if m < 1:
         raise ValueError(f"--batch-size must be at least 1, not {m}")
     if len(images) < 1:
         raise ValueError("there are no images to draw from")
-    device = torch.device(device)
-    if resident and device.type != "cuda":
-        raise ValueError(f"--record records CUDA steps, and the device is {device}: leave it out")
-    if device.type == "cpu" or images.nbytes <= free_memory(device) / 2:
-        images = images.to(device)
-    elif resident:
-        raise ValueError(f"--record needs the images in the GPU's memory, but {images.nbytes:,} bytes do not fit: "
-                         f"leave it out")
+    device, images = torch.device(device), resident(images, device)
 
     def draw():
         while True:

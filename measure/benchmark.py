@@ -3,7 +3,7 @@
 Without a name, all of them:
 
 scripts one table of the five: milliseconds per step, images per second, the usual way of writing the same step with
-        the same networks (by turns), share of the machine's matrix rate, memory; CUDA, eager and recorded
+        the same networks (by turns), share of the machine's matrix rate, memory
 usual   critic updates per second of wgan_gp.py and of the usual way of writing it, by turns, same networks
 matrix  the floating-point operations of a step of width 64 against what this machine reaches in matrix products
 profile the operations of a step that take the most time, and the share of each
@@ -11,7 +11,6 @@ memory  resident memory of the default command, after 10 and after 1,000 steps
 growing seconds for the same number of images with progan.py: growing, and at the last resolution all along, by
         turns; operations where that would take too long
 large   one step of progan.py at 256x256, 512x512 and 1024x1024, with table 2's feature maps: seconds and memory
-cuda    milliseconds per step of the four small scripts, eager and recorded (--record), where there is a GPU
 """
 import contextlib
 import copy
@@ -97,26 +96,27 @@ def usual(rounds=5):
     print(f"usual: MLP 784-512-256-1 / 100-128-256-512-1024-784, batch 64: median ratio {ratio:.2f}")
 
 
-def usual_step(name, networks=None, resize=transforms.Pad(2)):
+def usual_step(name, networks=None, resize=transforms.Pad(2), device="cpu", reals=None):
     """Does a step of a script at a time, with its networks (or others) and numbers, as they are commonly written: a
-    DataLoader that transforms image by image, torch's default optimizers (not fused) and memory format, gradients
-    for D's weights, too, in G's steps; with a gradient penalty G's also in D's, where generated images are not
-    detached; in EBGAN the generated images encoded twice"""
+    DataLoader that transforms image by image (or other batches, reals), torch's default optimizers (not fused) and
+    memory format, gradients for D's weights, too, in G's steps; with a gradient penalty G's also in D's, where
+    generated images are not detached; in EBGAN the generated images encoded twice"""
     script, m = importlib.import_module(name), 16 if name == "progan" else 64
     steps_per_image = [resize, transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]
     mnist = datasets.MNIST(common.ROOT, download=True, transform=transforms.Compose(steps_per_image))
     loader = torch.utils.data.DataLoader(mnist, m, shuffle=True, drop_last=True)
-    reals = (real for _ in itertools.count() for real, _ in loader)
+    reals = reals or (real.to(device) for _ in itertools.count() for real, _ in loader)
     if name == "progan":
         G, D = script.Generator(32, 1, 128, 64, 64), script.Discriminator(32, 1, 128, 64)
         G_ema, nz, drift = copy.deepcopy(G), 64, 0.001
     else:
         second = script.Critic if name.startswith("wgan") else script.Discriminator
         (G, D), nz, drift = networks or (script.Generator(), second()), 100, 0
+    G, D = G.to(device), D.to(device)
     optimizer = {"wgan": lambda w: torch.optim.RMSprop(w, 5e-5), "wgan_gp": lambda w: torch.optim.Adam(w, 1e-4),
                  "lsgan": lambda w: torch.optim.Adam(w, 2e-4)}.get(name, lambda w: torch.optim.Adam(w, 1e-3))
     opt_G, opt_D = optimizer(G.parameters()), optimizer(D.parameters())
-    mse, ones, zeros = nn.MSELoss(), torch.ones(m), torch.zeros(m)
+    mse, ones, zeros = nn.MSELoss(), torch.ones(m, device=device), torch.zeros(m, device=device)
 
     def update(opt, loss):
         opt.zero_grad()
@@ -128,7 +128,7 @@ def usual_step(name, networks=None, resize=transforms.Pad(2)):
     while True:
         yield
         for _ in range(5 if name.startswith("wgan") else 1):
-            real, fake = next(reals), G(torch.randn(m, nz))
+            real, fake = next(reals), G(torch.randn(m, nz, device=device))
             if name == "wgan":
                 update(opt_D, D(fake.detach()).mean() - D(real).mean())
                 for each in D.parameters():
@@ -138,7 +138,7 @@ def usual_step(name, networks=None, resize=transforms.Pad(2)):
             elif name == "ebgan":
                 update(opt_D, energy(real).mean() + F.relu(10 - energy(fake.detach())).mean())
             else:
-                alpha = torch.rand(m, 1, 1, 1)
+                alpha = torch.rand(m, 1, 1, 1, device=device)
                 between = (alpha * real + (1 - alpha) * fake).requires_grad_(True)
                 scores = D(between)
                 grad = torch.autograd.grad(scores, between, grad_outputs=torch.ones_like(scores), create_graph=True,
@@ -153,7 +153,7 @@ def usual_step(name, networks=None, resize=transforms.Pad(2)):
             codes = codes / codes.norm(dim=1, keepdim=True)
             update(opt_G, energy(fake).mean() + 0.1 * ((codes @ codes.t()) ** 2).sum() / m ** 2)
         else:
-            update(opt_G, -D(G(torch.randn(m, nz))).mean())
+            update(opt_G, -D(G(torch.randn(m, nz, device=device))).mean())
         if name == "progan":
             for average, now in zip(G_ema.parameters(), G.parameters()):
                 average.data.mul_(0.999).add_(now.data, alpha=0.001)
@@ -197,18 +197,6 @@ def peak_of(name, settings, steps=200):
     return [float(word) for word in done.stdout.split()[-2:]]
 
 
-def on_cuda(script, **settings):
-    """Milliseconds per step: of 1,000, since with --record no step but the first ones comes by here"""
-    began = []
-    for steps in (200, 1200):                               # their difference leaves the start and the saving out
-        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as out:
-            began.append(time.perf_counter())
-            script.train(steps=steps, save_every=10**9, out=out, device="cuda", **settings)
-            torch.cuda.synchronize()
-            began[-1] = time.perf_counter() - began[-1]
-    return began[1] - began[0]
-
-
 def scripts(rounds=5, steps=20):
     rows = []
     for name in ("wgan", "wgan_gp", "lsgan", "ebgan", "progan"):
@@ -223,16 +211,11 @@ def scripts(rounds=5, steps=20):
         ratios = [theirs / ours for ours, theirs in pairs]
         print(f"  {name}: ratios {' '.join(f'{ratio:.2f}' for ratio in ratios)}, "
               f"shares {' '.join(f'{share:.0%}' for share in shares)}", flush=True)
-        gpu = ["not measured"] * 2
-        if torch.cuda.is_available():
-            gpu = [f"{on_cuda(script, **settings):.2f}",
-                   "-" if script is progan else f"{on_cuda(script, record=True, **settings):.2f}"]
         images = 16 if name == "progan" else 64 * (5 if name.startswith("wgan") else 1)
         rows.append([f"{name}.py", f"{1000 * ours:.0f}", f"{images / ours:,.0f}", f"{median(ratios):.2f}",
-                     f"{flops / 1e9:.2f}", f"{median(shares):.0%}", f"{peak_of(name, settings)[1]:.0f}",
-                     *gpu])
+                     f"{flops / 1e9:.2f}", f"{median(shares):.0%}", f"{peak_of(name, settings)[1]:.0f}"])
     print("| script | ms per step | images per second | times the usual way | GFLOP per step | of the matrix rate "
-          "| peak MiB | CUDA: ms per step | recorded |\n" + "|---" * 9 + "|")
+          "| peak MiB |\n" + "|---" * 7 + "|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
 
@@ -396,19 +379,6 @@ progan.train(size=size, channels=3, steps=1, batch_size=m, out="run", device="cp
         print(f"large: {size}x{size}:", *lines or [done.stderr[-500:]], flush=True)
 
 
-def cuda(rounds=3):
-    if not torch.cuda.is_available():
-        print("cuda: not measured (no CUDA here)")
-        return
-    print(torch.cuda.get_device_name())
-    for name in ("wgan", "wgan_gp", "lsgan", "ebgan"):
-        script = importlib.import_module(name)
-        for width in (16, 64):
-            for _ in range(rounds):
-                eager, recorded = (on_cuda(script, record=record, width=width) for record in (False, True))
-                print(f"cuda: {name} width {width}: {eager:.3f} ms/step eager, {recorded:.3f} recorded")
-
-
 def processor():
     """Its name (Linux)"""
     with contextlib.suppress(OSError):
@@ -420,7 +390,7 @@ def processor():
 
 if __name__ == "__main__":
     modes = dict(scripts=scripts, usual=usual, matrix=matrix, profile=profile, memory=memory, growing=growing,
-                 large=large, cuda=cuda)
+                 large=large)
     names = sys.argv[1:] or list(modes)
     if unknown := set(names) - set(modes):
         sys.exit(f"benchmark.py: {', '.join(sorted(unknown))}: not one of {', '.join(modes)}")

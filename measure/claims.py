@@ -49,8 +49,8 @@ class Run(NamedTuple):
     edits: dict = {}        # old line: new line. A changed copy of the script is trained: RUNS/NAME/SCRIPT.py
 
 
-RMSPROP = ("    opt_D = torch.optim.RMSprop(w, lr, maximize=True, capturable=record)"
-           "    # line 6 adds, line 11 subtracts")
+RMSPROP = ("    opt_D = torch.optim.RMSprop(w, lr, maximize=True, capturable=not config.eager)"
+           "  # line 6 adds, line 11 subtracts")
 JOBS = {
     "wgan": Run("wgan", 6000, 500),
     "wgan_gp": Run("wgan_gp", 4000, 500),
@@ -63,14 +63,14 @@ JOBS = {
     "ls_gan": Run("related/ls_gan", 6000, 1000),
     # 7
     "wgan_gp-rmsprop": Run("wgan_gp", 2000, 500, seeds=(0,), edits={
-        f"    opt_{name} = torch.optim.Adam({weights}, lr, (beta1, beta2), fused=True, capturable=record)":
-        f"    opt_{name} = torch.optim.RMSprop({weights}, 5e-5, capturable=record)"
+        f"    opt_{name} = torch.optim.Adam({weights}, lr, (beta1, beta2), fused=True, capturable=not config.eager)":
+        f"    opt_{name} = torch.optim.RMSprop({weights}, 5e-5, capturable=not config.eager)"
         for name, weights in (("G", "theta"), ("D", "w"))}),
     # 8
     "ebgan-without-pt": Run("ebgan", 6000, 1000, "--pt 0"),
     "ebgan-margin-1": Run("ebgan", 6000, 1000, "--margin 1", (0,)),
     "ebgan-margin-30": Run("ebgan", 6000, 1000, "--margin 30", (0,)),
-    "ebgan-pretrain": Run("ebgan", 6500, 500, seeds=(0,), edits={       # 500 steps of D by real images alone
+    "ebgan-pretrain": Run("ebgan", 6500, 500, "--eager", (0,), {         # 500 steps of D by real images alone
         "        L_D = D_x + (margin - D_x_tilde).relu()":
         "        L_D = D_x + (margin - D_x_tilde).relu() * (step > 500)",
         "        opt_G.step()":
@@ -92,9 +92,9 @@ JOBS = {
         "        self.scale, self.padding = 1.0, padding"}),
     # 10
     "wgan-adam-0.9": Run("wgan", 3000, 500, edits={
-        RMSPROP: "    opt_D = torch.optim.Adam(w, lr, (0.9, 0.99), maximize=True, capturable=record)"}),
+        RMSPROP: "    opt_D = torch.optim.Adam(w, lr, (0.9, 0.99), maximize=True, capturable=not config.eager)"}),
     "wgan-adam-0": Run("wgan", 3000, 500, edits={
-        RMSPROP: "    opt_D = torch.optim.Adam(w, lr, (0.0, 0.99), maximize=True, capturable=record)"}),
+        RMSPROP: "    opt_D = torch.optim.Adam(w, lr, (0.0, 0.99), maximize=True, capturable=not config.eager)"}),
     # 11
     "wgan-n_critic-1": Run("wgan", 6000, 500, "--n-critic 1"),
     "wgan-n_critic-20": Run("wgan", 1500, 125, "--n-critic 20"),

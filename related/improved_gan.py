@@ -23,8 +23,8 @@ import torch
 from torch import cuda, nn
 from torch.nn.functional import softplus
 from common import (batches, channels_of, checked, claim, compare, find_device, fitting, in_one_sentence,
-                    load_images, name_of, next_image, replacing, run_folder, same_shapes, save_animation,
-                    save_curve, save_each, save_images, stop_signals)
+                    load_images, name_of, next_image, replacing, resident, run_folder, same_shapes,
+                    save_animation, save_curve, save_each, save_images, stop_signals)
 
 # ---- Networks: 4x4 kernels, as in WGAN's code; from 4x4 pixels on every layer doubles or halves the image --------
 class Generator(nn.Sequential):
@@ -118,22 +118,22 @@ def train(
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
     keep=False,             #           keep every checkpoint beside its picture: 000100.pt, 000200.pt, ...
-    record=False,           #           CUDA: record one step as a graph and replay it
+    eager=False,            #           CUDA: run every step, which may then print and branch; else one is replayed
 ):
     """As above.  Returns G, D.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
     device, channels, dataset = find_device(device), channels_of(dataset, channels), str(dataset)
     config = Namespace(**locals())
     torch.manual_seed(seed)
     fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
+    images = resident(load_images(dataset, digit, size, root, channels), device)
+    config.images, config.eager = len(images), eager or not images.is_cuda
     G = Generator(nz, channels, size, width, vbn).to(device)
     D = Discriminator(channels, size, width, kernels if minibatch else 0).to(device)
     G_mean, D_mean = deepcopy(G).requires_grad_(False), deepcopy(D).requires_grad_(False)
     theta, w = list(G.parameters()), list(D.parameters())
-    opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), fused=True, capturable=record)
-    opt_D = torch.optim.Adam(w, lr, (beta1, beta2), fused=True, capturable=record)
-    images = load_images(dataset, digit, size, root, channels)
-    config.images = len(images)
-    P_r = batches(images, batch_size, device, resident=record)
+    opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), fused=True, capturable=not config.eager)
+    opt_D = torch.optim.Adam(w, lr, (beta1, beta2), fused=True, capturable=not config.eager)
+    P_r = batches(images, batch_size, device)
     run = Run(config, fixed_z, next(P_r)[:64], G=G, D=D, G_mean=G_mean, D_mean=D_mean, opt_G=opt_G, opt_D=opt_D)
 
     for step in run:
@@ -160,7 +160,7 @@ def train(
 
 # ---- The run: as in every script, but for --no-...; nothing below is in the paper --------------------------------
 SCRIPT = Path(globals().get("__file__", "notebook")).stem
-MAY_CHANGE = {"steps", "save_every", "keep", "record", "device", "root", "out"}     # when a run goes on
+MAY_CHANGE = {"steps", "save_every", "keep", "eager", "device", "root", "out"}     # when a run goes on
 
 
 class Run:
@@ -193,7 +193,7 @@ class Run:
         self.since, self.begin = self.step, perf_counter() - self.time
         with stop_signals() as stop:
             for self.step in range(first + 1, config.steps + 1):
-                yield from self.recorded(first) if config.record else [self.step]
+                yield from [self.step] if config.eager else self.recorded(first)
                 if stop or self.step == config.steps or self.step % config.save_every == 0:
                     self.save()
                     if stop:
@@ -203,7 +203,7 @@ class Run:
             raise KeyboardInterrupt
 
     def recorded(self, first):
-        """--record: three steps run on a side stream; the fourth is only recorded; from it on all are replays"""
+        """On CUDA three steps run on a side stream, the fourth is only recorded, and from it on all are replays"""
         number = self.step - first
         if number == 1:
             self.graph, self.stream = cuda.CUDAGraph(), cuda.Stream()

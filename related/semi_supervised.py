@@ -11,7 +11,7 @@ Differs from the authors' code for MNIST, whose networks and halves these are:
 - Pixels in [-1, 1]: tanh, not sigmoid, and twice the noise; G's last layer begins with larger v. lr 1e-3, as with
   their 3e-3 L_G grew beyond bounds. --steps 12000, 20 epochs, for minutes; theirs: 300.
 - z is normal. Labelled images repeat in a batch. ε is added to Adam's root. D_ema, from 0, is divided by 1 - emaᵗ.
-Measured: --steps 180000 --record, H200, torch 2.11: 6 min, 104 errors in 10,000; the paper: 93 ± 6.5."""
+Measured: --steps 180000, H200, torch 2.11: 6 min, 104 errors in 10,000; the paper: 93 ± 6.5."""
 import re
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from copy import deepcopy
@@ -110,26 +110,26 @@ def train(
     out: str = None,        #           run folder (runs/SCRIPT-DATASET)
     save_every=600,         #           steps between rows of the log, tests, pictures and checkpoints
     keep=False,             #           keep every checkpoint beside its picture: 000600.pt, 001200.pt, ...
-    record=False,           #           CUDA: record one step as a graph and replay it
+    eager=False,            #           CUDA: run every step, which may then print and branch; else one is replayed
 ):
     """Returns G, and D's average.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
     device, channels, dataset = find_device(device), channels_of(dataset), str(dataset)
+    eager = eager or device.type != "cuda"
     config = Namespace(**locals())
     torch.manual_seed(seed)
     fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
     G, D = Generator(nz, channels, size, width).to(device), Classifier(channels, size).to(device)
     y, y_test = load_labels(dataset, root=root), load_labels(dataset, root=root, train=False).to(device)
-    images = load_images(dataset, None, size, root, channels)
-    x_test = load_images(dataset, None, size, root, channels, train=False).to(device)
+    images, x_test = (load_images(dataset, None, size, root, channels, train=it).to(device) for it in (1, 0))
     mixed = torch.randperm(len(y))
     few = torch.cat([mixed[y[mixed] == k][:max(1, labels // 10)] for k in range(10)])
-    x_few, y_few = images[few].to(device) / 127.5 - 1, y[few].to(device)
+    x_few, y_few = images[few] / 127.5 - 1, y[few].to(device)
     start(D, next(batches(images, 500, device)))
     D_ema = deepcopy(D).eval().requires_grad_(False)
     theta, w = ([it for it in each.parameters() if it.requires_grad] for each in (G, D))
-    opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), eps=1e-4, fused=True, capturable=record)
-    opt_D = torch.optim.Adam(w, lr, (beta1, beta2), eps=1e-4, fused=True, capturable=record)
-    P_r = batches(images, batch_size, device, resident=record)
+    opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), eps=1e-4, fused=True, capturable=not eager)
+    opt_D = torch.optim.Adam(w, lr, (beta1, beta2), eps=1e-4, fused=True, capturable=not eager)
+    P_r = batches(images, batch_size, device)
 
     def figures():
         return dict(test_errors=(D_ema(x_test / 127.5 - 1).argmax(1) != y_test).sum().item())
@@ -144,7 +144,7 @@ def train(
         opt_D.zero_grad()
         (L_sup + L_unsup).backward(inputs=w)                            # §5    L = L_sup + L_unsup
         opt_D.step()
-        share = (1 - ema) / (1 - ema ** opt_D.state[w[0]]["step"])     # of a tensor, which --record counts on
+        share = (1 - ema) / (1 - ema ** opt_D.state[w[0]]["step"])     # of a tensor, which a recorded step counts on
         for average, now in zip(D_ema.parameters(), D.parameters()):
             average.lerp_(now.detach(), share)                          # code  D_ema: weights 1, ema, ema², ...
         x, x_tilde = next(P_r), G(torch.randn(batch_size, nz, device=device))
@@ -159,7 +159,7 @@ def train(
 
 # ---- The run: as in every script, but for figures; nothing below is in the paper ---------------------------------
 SCRIPT = Path(globals().get("__file__", "notebook")).stem
-MAY_CHANGE = {"steps", "save_every", "keep", "record", "device", "root", "out"}     # when a run goes on
+MAY_CHANGE = {"steps", "save_every", "keep", "eager", "device", "root", "out"}     # when a run goes on
 
 
 class Run:
@@ -192,7 +192,7 @@ class Run:
         self.since, self.begin = self.step, perf_counter() - self.time
         with stop_signals() as stop:
             for self.step in range(first + 1, config.steps + 1):
-                yield from self.recorded(first) if config.record else [self.step]
+                yield from [self.step] if config.eager else self.recorded(first)
                 if stop or self.step == config.steps or self.step % config.save_every == 0:
                     self.save()
                     if stop:
@@ -202,7 +202,7 @@ class Run:
             raise KeyboardInterrupt
 
     def recorded(self, first):
-        """--record: three steps run on a side stream; the fourth is only recorded; from it on all are replays"""
+        """On CUDA three steps run on a side stream, the fourth is only recorded, and from it on all are replays"""
         number = self.step - first
         if number == 1:
             self.graph, self.stream = cuda.CUDAGraph(), cuda.Stream()

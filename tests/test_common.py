@@ -23,7 +23,7 @@ from PIL import Image
 
 import common
 from common import batches, checked, claim, find_device, load_images, load_labels, name_of, next_image, pyramid
-from common import replacing, run_folder, save_animation, save_curve, save_each, save_images
+from common import replacing, resident, run_folder, save_animation, save_curve, save_each, save_images
 
 
 @pytest.fixture
@@ -382,10 +382,17 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(tmp_path):
         with pytest.raises(ValueError, match=f"^(?=.*{words}).*$"):         # "." is no new line
             load_images(**call)
     images = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
-    for words, args in {"--batch-size must be at least 1, not 0": (images, 0), "no images": (images[:0], 1),
-                        "--record records CUDA steps": (images, 2, "cpu", True)}.items():
+    for words, args in (("--batch-size must be at least 1, not 0", (images, 0)), ("no images", (images[:0], 1))):
         with pytest.raises(ValueError, match=words):
             batches(*args)
+
+
+def test_images_are_resident_if_they_take_half_of_the_free_memory_at_most(monkeypatch):
+    images = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)     # 48 bytes
+    for free, device in ((96, "meta"), (95, "cpu")):
+        monkeypatch.setattr(common, "free_memory", lambda device: free)
+        assert resident(images, "meta").device.type == device
+        assert resident(images, "cpu") is images
 
 
 def test_batches_are_full_uniform_with_replacement_and_exact():

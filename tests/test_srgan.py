@@ -558,3 +558,16 @@ def test_errors_of_enlarging_are_one_sentence(photographs, capsys):
     srgan.train(**TINY, steps=1, out="run")
     for folder in "nowhere", "mine":
         assert f"no images in {folder}" in refused(capsys, "--enlarge", folder)
+
+
+@pytest.mark.cuda
+def test_a_checkpoint_moves_between_cpu_and_cuda(photographs):
+    settings = TINY | dict(pretrain=2, out="run")
+    srgan.train(**settings, steps=1)
+    srgan.train(**settings | dict(device="cuda"), steps=4)
+    srgan.train(**settings, steps=5)
+    assert srgan.read("run")["run"][0] == 5
+    Path("mine").mkdir()
+    Image.new("RGB", (9, 14), "red").save("mine/a.png")
+    srgan.main(["--enlarge", "mine", "--out", "run", "--device", "cuda"])
+    assert Image.open("run/enlarged/a.png.png").size == (36, 56)

@@ -1,6 +1,7 @@
 """related/text2image.py against its paper: texts, φ's loss and Algorithm 1's, an iteration of it by hand, and runs
 that stop before, between and after the two phases"""
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -262,3 +263,13 @@ def test_errors_are_one_sentence(capsys, words, sentence):
         text2image.main([*TINY.replace("--pretrain 3", "").split(), *words.split()])
     error = capsys.readouterr().err
     assert end.value.code == 2 and sentence in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.cuda
+def test_a_checkpoint_moves_between_cpu_and_cuda():
+    text2image.main(f"{TINY} --steps 2 --out run".split())
+    text2image.main(f"{TINY} --steps 5 --out run --device cuda".split())
+    text2image.main(f"{TINY} --steps 6 --out run".split())
+    assert text2image.read("run")["run"][0] == 6
+    text2image.main(["--out", "run", "--generate", "2", "--text", "a seven", "--device", "cuda"])
+    assert len(list(Path("run/generated").iterdir())) == 2
