@@ -778,7 +778,7 @@ def fitting(path, script):
     except DAMAGED as error:
         if isinstance(error, Refused) or _out_of_memory(error):
             raise
-        raise ValueError(f"{path} is missing, damaged or not of {script}.py: name another --out") from error
+        raise ValueError(f"{path} is missing, damaged or not of this {script}.py: name another --out") from error
 
 
 def compare(saved, settings, out):

@@ -592,8 +592,8 @@ def test_help_explains_every_setting(each, capsys):
 @pytest.mark.parametrize("names, block", [
     *((FOUR, block) for block in ("import re\n.*# ---- Networks", "    # The networks\n.*?steps=")),
     *((FOUR + RELATED, block) for block in ("class Generator.*?nn.Tanh", "    seed=0,.*?eager=",
-        "    device, channels.*?    images = ", "    config.images.*?    G = ", "    run = Run.*?    for step in run:",
-        "# ---- The run: .*")),
+        "    device, channels.*?    images = ", "    config.images.*?    G = ",
+        "    run = Run.*?    for step in run:", "# ---- The run: .*")),
     (["wgan_gp", "related.dragan", "related.ctgan"], "def grad_norm.*?\n\n")])
 def test_what_scripts_share_is_the_same_to_the_letter(names, block):
     texts = [Path(importlib.import_module(name).__file__).read_text(encoding="utf-8") for name in names]
