@@ -177,7 +177,7 @@ def train(
     return G.eval(), D
 
 
-# ---- The run: as in every script, but for pictures, and without --record; nothing below is in the paper ----------
+# ---- The run: as in every script, but for pictures, and never recorded; nothing below is in the paper ------------
 SCRIPT = Path(globals().get("__file__", "notebook")).stem
 MAY_CHANGE = {"steps", "save_every", "device", "root", "out"}     # when a run goes on
 

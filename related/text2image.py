@@ -175,7 +175,7 @@ def train(
     return G.eval(), phi
 
 
-# ---- The run: as in every script, but for texts, and without --record; nothing below is in the paper -------------
+# ---- The run: as in every script, but for texts, and never recorded; nothing below is in the paper ---------------
 SCRIPT = Path(globals().get("__file__", "notebook")).stem
 MAY_CHANGE = {"steps", "save_every", "device", "out"}      # when a run goes on
 

@@ -53,7 +53,7 @@ RUN = [                                                     # the same block in 
     ("@in_one_sentence(SCRIPT)\n", ""),
     ('globals().get("__file__", "notebook")', "__file__"),
     ("@checked\n", ""),
-    ("config.images = len(images)", "pass"),
+    ("config.images, config.eager = len(images), eager", "config.eager = eager"),
     ("return G.eval(), D", "return G, D"),
     ("config = Namespace(**locals())", "config = Namespace(**locals() | dict(keep=False))"),
     ("torch.manual_seed(seed)", "torch.manual_seed(0)"),
