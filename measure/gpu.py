@@ -36,7 +36,7 @@ import common  # noqa: E402
 FOUR = ["wgan", "wgan_gp", "lsgan", "ebgan"]
 SHELF = [f"related.{name}" for name in ("sngan", "dragan", "ctgan", "ls_gan", "improved_gan", "semi_supervised")]
 OWN = {"progan": dict(fmap_max=16, kimg=0.016), "related.semi_supervised": dict(size=28, labels=10)}
-PROGAN = dict(fmap_base=128, fmap_max=64, nz=64, lr=0.01, kimg=3.0, ema=0.99, steps=6000)       # the README's line
+PROGAN = dict(fmap_base=128, fmap_max=64, nz=64, lr=0.005, kimg=3.0, ema=0.99, steps=6000)      # the README's line
 
 
 def say(*words):
