@@ -7,31 +7,35 @@ wants its own at c. The square pulls on every image, the harder, the farther it 
 
     min_D 1/2 E[(D(x) - b)²] + 1/2 E[(D(G(z)) - a)²]        min_G 1/2 E[(D(G(z)) - c)²]      (2)
 
-The default labels 0, 1, 1 are (9). `--a -1 --b 1 --c 0`, (8), have b - c = 1 and b - a = 2, as the theorem asks:
-against the best D, G's loss with 1/2 E[(D(x) - c)²] added is half χ²_Pearson(p_data + p_g ‖ 2 p_g).
+The default labels 0, 1, 1 are (9). `--a -1 --b 1 --c 0`, (8), have b - c = 1 and b - a = 2, as the theorem asks,
+and (9) has not: then G's loss against the best D, with 1/2 E[(D(x) - c)²] added, is half of what the paper calls
+χ²_Pearson(p_data + p_g ‖ 2 p_g), ∫ (2 p_g - (p_data + p_g))² / (p_data + p_g) dx.
 The Loss-Sensitive GAN (Qi, 1701.06264) is another: its D is a loss, to be lower on x than on G(z) by a margin
 Δ(x, G(z)), so it asks less separation of a realistic G(z) and more of a blurred one. Here the labels are fixed.
 
 Differs from the paper, or from its authors' code:
-- Networks: those of the first WGAN's code, N(0, 0.02), on 32x32 pixels. The authors' differ from data set to data
-  set; for characters of 28x28: 5x5 kernels, a fully connected layer in D, a sigmoid in G, labels in both.
+- Networks: those of the first WGAN's code, N(0, 0.02), batch norm's γ N(1, 0.02), on 32x32 pixels in [-1, 1]. The
+  authors' differ from data set to data set; for characters of 28x28 in [0, 1]: 5x5 kernels, truncated normals,
+  biases, γ = 1, a fully connected layer in D, a sigmoid in G, labels in both.
+- Adam with (8), too; the authors' only published run with (8) has RMSProp.
 - --width 16, --steps 9000, for two CPU cores and minutes; the authors' characters: up to 1,000,000 steps.
 - z: 100 dimensions, N(0, 1), as in WGAN's code; in the authors' code 1,024, uniform on [-1, 1].
-- Batches are drawn with replacement, not by epochs.
+- Batches are drawn with replacement, not by epochs; pictures use running statistics.
 - The mean over the batch, as in (2); the authors' code has the sum, which Adam hides but for its ε.
-- lr and β₁ are the paper's, lr for 28x28 characters (112x112 scenes: 1e-3); β₂ = 0.999 is Adam's default.
-Measured: `python lsgan.py --dataset mnist --digit 7`, 2 EPYC cores, torch 2.15: 4.5 min, L_D 0.13, L_G 0.32."""
+- lr and β₁ are the paper's, lr for 28x28 characters (112x112 scenes: 1e-3); β₂ = 0.999 is Adam's default."""
+import json
+import os
 import re
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from inspect import getsource, signature
+import sys
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from collections import Counter
+from inspect import getfile, getmodule, getsource, signature
 from pathlib import Path
 from time import perf_counter
 
 import torch
 from torch import cuda, nn
-from common import (batches, channels_of, checked, claim, compare, find_device, fitting, in_one_sentence,
-                    load_images, name_of, next_image, replacing, resident, run_folder, same_shapes,
-                    save_animation, save_curve, save_each, save_images, stop_signals)
+from common import batches, load_images, save_animation, save_curves, save_images
 
 # ---- Networks: 4x4 kernels, as in WGAN's code; from 4x4 pixels on every layer doubles or halves the image --------
 class Generator(nn.Sequential):
@@ -39,7 +43,7 @@ class Generator(nn.Sequential):
     def __init__(self, nz=100, channels=1, size=32, width=16):
         if size not in (16, 32, 64, 128, 256):
             raise ValueError(f"--size must be 16, 32, 64, 128 or 256, not {size}")
-        n = width * size // 8
+        n = width * size // 8                                   # feature maps at 4x4; half as many at 8x8, ...
         layers = [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, n, 4, 1, 0, bias=False)]      # (m, n, 4, 4)
         while n > width:
             layers += [nn.BatchNorm2d(n), nn.ReLU(True), nn.ConvTranspose2d(n, n // 2, 4, 2, 1, bias=False)]
@@ -53,9 +57,9 @@ class Discriminator(nn.Sequential):
     """D(x): images -> labels.  (m, channels, size, size) -> (m,).  No sigmoid: any number can be a label"""
     def __init__(self, channels=1, size=32, width=16):
         n = width
-        layers = [nn.Conv2d(channels, n, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]     # (m, n, size/2, size/2)
+        layers = [nn.Conv2d(channels, n, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]     # (m, n, size/2, size/2)
         while n < width * size // 8:
-            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * n), nn.LeakyReLU(0.2, True)]
+            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * n), nn.LeakyReLU(0.2)]
             n *= 2                                              # (m, n, size/4, size/4), ..., (m, n, 4, 4)
         super().__init__(*layers, nn.Flatten(), nn.Linear(16 * n, 1, bias=False), nn.Flatten(0))    # (m, 1), (m,)
         self.apply(init)
@@ -67,7 +71,6 @@ def init(layer):                # as DCGAN does: weights N(0, 0.02), those of ba
 
 
 # ---- Equation (2) ------------------------------------------------------------------------------------------------
-@checked
 def train(
     # (9): a = 0, b = 1, c = 1;  (8), for the Pearson χ² divergence: a = -1, b = 1, c = 0
     a=0.0,                  # a         label of generated images for D
@@ -75,43 +78,41 @@ def train(
     c=1.0,                  # c         label of generated images for G
     lr=2e-4,                #           Adam: step size (§4; for scenes of 112x112 pixels 1e-3)
     beta1=0.5,              # β₁        Adam: decay of the first moment (§4)
-    beta2=0.999,            #           Adam: decay of the second moment
+    beta2=0.999,            # β₂        Adam: decay of the second moment
     batch_size=64,          #           images per batch
-    # The networks
     nz=100,                 # z         dimensions of the latent variable
     width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: as in WGAN's code
     # The images
     dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,      #           only this class, 0 to 9
-    root: str = None,       #           where data sets are kept (data/ beside common.py)
     size=32,                #           width and height in pixels: 16, 32, 64, 128 or 256
     channels: int = None,   #           1 grey, 3 RGB (what the data set has; a folder: 3)
+    root: str = None,       #           where data sets are kept (data/ beside common.py)
     # The run
     steps=9000,             #           updates of D, and of G
     seed=0,                 #           of every random number but the pictures' latents
-    device="auto",          #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
+    device="cuda" if cuda.is_available() else "cpu",    #       any torch device: cpu, cuda, cuda:1, mps, ...
+    graph=False,            #           CUDA: an iteration is recorded and replayed, faster, without its prints and ifs
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
     keep=False,             #           keep every checkpoint beside its picture: 000100.pt, 000200.pt, ...
-    eager=False,            #           CUDA: run every step, which may then print and branch; else one is replayed
 ):
-    """(2).  Returns G, D.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
-    device, channels, dataset = find_device(device), channels_of(dataset, channels), str(dataset)
-    config = Namespace(**locals())
+    """(2).  Returns G, D.  ValueError, OSError: one sentence says what is wrong"""
+    config = dict(locals())
+    Generator(size=size)                                      # ValueError for such a size, before images are read
     torch.manual_seed(seed)
-    fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
-    images = resident(load_images(dataset, digit, size, root, channels), device)
-    config.images, config.eager = len(images), eager or not images.is_cuda
-    G = Generator(nz, channels, size, width).to(device, memory_format=torch.channels_last)
-    D = Discriminator(channels, size, width).to(device, memory_format=torch.channels_last)
-    theta, w = list(G.parameters()), list(D.parameters())
-    opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), fused=True, capturable=not config.eager)
-    opt_D = torch.optim.Adam(w, lr, (beta1, beta2), fused=True, capturable=not config.eager)
+    images = load_images(dataset, digit, size, channels, root)
+    config["images"], config["channels"] = images.shape[:2]
     P_r = batches(images, batch_size, device)
-    run = Run(config, fixed_z, next(P_r)[:64], G=G, D=D, opt_G=opt_G, opt_D=opt_D)
+    G = Generator(nz, images.shape[1], size, width).to(device, memory_format=torch.channels_last)
+    D = Discriminator(images.shape[1], size, width).to(device, memory_format=torch.channels_last)  # faster
+    theta, w = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))     # inputs=w: ∇_w, no more
+    opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), fused=True, capturable=graph)
+    opt_D = torch.optim.Adam(w, lr, (beta1, beta2), fused=True, capturable=graph)
+    fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
 
-    for step in run:
-        x = next(P_r)                                         # x ~ p_data
+    def iteration():
+        x = next(P_r)                                         # x ~ P_r, the paper's p_data
         z = torch.randn(len(x), nz, device=device)            # z ~ p_z
         # One z for both losses, as in the authors' code. D's update does not change G: G runs once.
         x_tilde = G(z)
@@ -124,147 +125,143 @@ def train(
         opt_G.zero_grad()
         L_G.mean().backward(inputs=theta)                     # (2) min_G 1/2 E[(D(G(z)) − c)²]
         opt_G.step()
-        run.log(L_D=L_D.mean(), L_G=L_G.mean())
+        return dict(L_D=L_D.mean(), L_G=L_G.mean())
+
+    states = dict(G=G, D=D, opt_G=opt_G, opt_D=opt_D)         # all that a checkpoint keeps
+    real, out = next(P_r)[:64], folder(__file__, config)
+    rows = resume(out, config, states)
+    save_images(real, out / "real.png")                       # as D sees them
+    for row in rounds(iteration, config, rows):               # every save_every iterations
+        G.eval()                                              # by running statistics: each depends on its z alone
+        save_images(G(fixed_z).detach(), out / f"{row['step']:06d}.png")
+        G.train()
+        save(out, config, states, rows)
+    save_animation(out)
     return G.eval(), D
 
 
 # ---- The run: the same in every script; nothing below is in the paper --------------------------------------------
-SCRIPT = Path(globals().get("__file__", "notebook")).stem
-MAY_CHANGE = {"steps", "save_every", "keep", "eager", "device", "root", "out"}     # when a run goes on
+def folder(script, config):
+    """Where a run's files go: OUT, or runs/SCRIPT-DATASET-DIGIT"""
+    names = Path(script).stem, Path(config["dataset"]).resolve().name, config["digit"]
+    return Path(config["out"] or "runs/" + "-".join(str(name) for name in names if name is not None))
 
 
-class Run:
-    """for step in run: the steps still to be made; the very first is 1.  parts: all that has a state_dict"""
-    def __init__(self, config, fixed_z, real, **parts):
-        self.config, self.fixed_z, self.parts = config, fixed_z, parts
-        self.settings = {key: it for key, it in vars(config).items() if key not in MAY_CHANGE}
-        self.settings["dataset"] = name_of(config.dataset)
-        self.out = run_folder(SCRIPT, config)
-        self.lock = claim(self.out)
-        self.step, self.time, self.rows, self.sums = 0, 0.0, [], {}
-        self.random = [torch, cuda] if fixed_z.is_cuda else [torch]
-        if Path(self.out, "checkpoint.pt").exists():
-            saved = read(self.out)
-            with fitting(self.out, SCRIPT):
-                compare(saved, self.settings, self.out)
-                for name, part in parts.items():
-                    if name.startswith("opt"):              # lr, fused, capturable are those of this run
-                        saved[name]["param_groups"] = part.state_dict()["param_groups"]
-                    part.load_state_dict(saved[name])
-                same_shapes(parts["opt_G"], parts["opt_D"])
-                self.step, self.time, self.rows, states = saved["run"]
-                for each, state in zip(self.random, states):
-                    each.set_rng_state(state)
-        save_images(real, self.out / "real.png")
-        print(f"device: {fixed_z.device}\nrun folder: {self.out}\n{self.step} of {config.steps} steps are done")
-
-    def __iter__(self):
-        config, first = self.config, self.step
-        self.since, self.begin = self.step, perf_counter() - self.time
-        with stop_signals() as stop:
-            for self.step in range(first + 1, config.steps + 1):
-                yield from [self.step] if config.eager else self.recorded(first)
-                if stop or self.step == config.steps or self.step % config.save_every == 0:
-                    self.save()
-                    if stop:
-                        break
-        save_animation(self.out)
-        if stop:
-            raise KeyboardInterrupt
-
-    def recorded(self, first):
-        """On CUDA three steps run on a side stream, the fourth is only recorded, and from it on all are replays"""
-        number = self.step - first
-        if number == 1:
-            self.graph, self.stream = cuda.CUDAGraph(), cuda.Stream()
-        context = cuda.stream(self.stream)
-        if number == 4:
-            context = cuda.graph(self.graph, stream=self.stream)
-        if number <= 4:
-            cuda.synchronize()
-            with context:
-                yield self.step
-            cuda.synchronize()
-        if number >= 4:
-            self.graph.replay()
-
-    def log(self, **losses):
-        """Adds up a step's losses, scalar tensors; a row of the log has their means"""
-        for name, loss in losses.items():
-            self.sums.setdefault(name, torch.zeros_like(loss)).add_(loss.detach())
-
-    @torch.no_grad()
-    def save(self):
-        """A row, the pictures, when these are there, the checkpoint, and then a line: its reader may have gone"""
-        count, self.since = self.step - self.since, self.step
-        means = {name: total.item() / count for name, total in self.sums.items()}
-        for total in self.sums.values():
-            total.zero_()                                   # in place: a recorded step adds to it
-        self.time = perf_counter() - self.begin
-        self.rows.append(dict(step=self.step, seconds=self.time, **means))
-        save_curve(self.rows, self.out)                     # ValueError if a loss is not finite
-        G = self.parts["G"].eval()                          # by running statistics an image depends on its z alone
-        save_images(G(self.fixed_z), self.out / f"{self.step:06d}.png")
-        G.train()
-        saved = {name: part.state_dict() for name, part in self.parts.items()}
-        states = [each.get_rng_state() for each in self.random]
-        saved |= dict(settings=self.settings, run=(self.step, self.time, self.rows, states))
-        for name in (f"{self.step:06d}.pt", "checkpoint.pt"):
-            if self.config.keep or name == "checkpoint.pt":
-                with replacing(self.out / name) as file:
-                    torch.save({SCRIPT: saved}, file)
-        left = self.time * (self.config.steps / self.step - 1) / 60
-        losses = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
-        speed = f"{self.step / self.time:.1f} steps/s  {left:.0f} min left"
-        print(f"step {self.step}/{self.config.steps}  {losses}  {speed}", flush=True)
+def resume(out, config, states):
+    """Puts the checkpoint in out, if there is one, into states.  -> the log's rows.  ValueError: other settings"""
+    config["states"] = list(states)                         # plain, as a checkpoint has it: NumPy's numbers, paths
+    config |= json.loads(json.dumps(config, default=lambda it: getattr(it, "item", it.__str__)()))
+    if not (out / "checkpoint.pt").exists():
+        print(f"a new run in {out}", flush=True)
+        return []
+    saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+    for name, now in config.items():
+        was = saved["config"].get(name)
+        if was != now and name not in ("steps", "save_every", "keep", "graph", "device", "root", "out"):
+            raise ValueError(f"{out} has {name} {was}, not {now}: name another --out")
+    for name, state in states.items():
+        if name.startswith("opt"):
+            saved[name]["param_groups"] = state.state_dict()["param_groups"]
+        state.load_state_dict(saved[name])
+    torch.set_rng_state(saved["random"])
+    if saved["random_cuda"] is not None and "cuda" in config["device"]:
+        cuda.set_rng_state(saved["random_cuda"], config["device"])
+    print(f"going on from step {saved['rows'][-1]['step']}, in {out}/checkpoint.pt", flush=True)
+    return saved["rows"]
 
 
-def read(path):
-    """The checkpoint in a run folder, or a file that --keep wrote.  ValueError if there is no good one"""
-    if Path(path).is_dir():
-        path = Path(path, "checkpoint.pt")
-    with fitting(path, SCRIPT):
-        return torch.load(path, map_location="cpu", weights_only=True)[SCRIPT]
+def save(out, config, states, rows):
+    """The log, a line of it, and the checkpoint, whole or not at all: the run may be killed at any time"""
+    save_curves(rows, out)
+    saved = {name: state.state_dict() for name, state in states.items()}
+    for state in saved.values():
+        state.pop("param_groups", None)                     # an optimizer's lr and the like are the code's
+    of_cuda = cuda.get_rng_state(config["device"]) if "cuda" in config["device"] else None
+    saved |= dict(config=config, rows=rows, random=torch.get_rng_state(), random_cuda=of_cuda)
+    for name in ["checkpoint", f"{rows[-1]['step']:06d}"] if config["keep"] else ["checkpoint"]:
+        torch.save(saved, out / f"{name}.{os.getpid()}")
+        os.replace(out / f"{name}.{os.getpid()}", out / f"{name}.pt")
+    left = rows[-1]["seconds"] * (config["steps"] / rows[-1]["step"] - 1) / 60
+    print(*(f"{name} {value:.4g} " for name, value in rows[-1].items()), f"{left:.0f} min left", flush=True)
 
 
-def load(path):
-    """The generator of what read() finds, on the CPU: z ~ N(0, 1), (n, nz) -> images in [-1, 1], (n, C, H, W)"""
-    saved = read(path)
-    with fitting(path, SCRIPT):
-        G = Generator(*(saved["settings"][name] for name in ("nz", "channels", "size", "width")))
-        G.load_state_dict(saved["G"])
+def rounds(iteration, config, rows):
+    """Makes the steps that are left.  Every save_every steps it adds their mean losses to rows, and yields them"""
+    torch.backends.cudnn.benchmark = True                   # on CUDA: the fastest kernels for these shapes
+    iteration = recorded(iteration, config["device"]).__next__ if config["graph"] else iteration
+    last = rows[-1] if rows else dict(step=0, seconds=0.0)
+    begin, sums = perf_counter() - last["seconds"], Counter()
+    for step in range(last["step"] + 1, config["steps"] + 1):
+        for name, loss in iteration().items():
+            sums[name] += loss.detach()                     # on the device: nothing waits for it
+        if step % config["save_every"] == 0 or step == config["steps"]:
+            means = {name: total.item() / (step - last["step"]) for name, total in sums.items()}
+            last = dict(step=step, seconds=perf_counter() - begin, **means)
+            rows.append(last)
+            yield last
+            sums.clear()
+
+
+def recorded(iteration, device):
+    """On CUDA: three iterations run, the fourth is recorded, and then that record is replayed"""
+    cuda.set_device(torch.empty(0, device=device).device)   # ValueError: not a GPU
+    graph, stream = cuda.CUDAGraph(), cuda.Stream()
+    for _ in range(3):
+        cuda.synchronize()
+        with cuda.stream(stream):
+            losses = iteration()
+        cuda.synchronize()
+        yield losses
+    print("recorded: a print, an if or a count in iteration has no effect from now on", flush=True)
+    with cuda.graph(graph, stream=stream):
+        losses = iteration()
+    while True:
+        graph.replay()
+        yield losses
+
+
+def load(checkpoint, network=Generator):
+    """The generator of a checkpoint.pt, on the CPU: z ~ N(0, 1), (n, nz) -> images in [-1, 1], (n, C, H, W)"""
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    G = network(**{name: saved["config"][name] for name in signature(network).parameters})
+    G.load_state_dict(saved["G"])
+    G.config = saved["config"]
     return G.eval().requires_grad_(False)
 
 
-@checked
-def generate(path, n, device="auto", seed=0):
-    """Writes n more images of what read() finds, image i by seed and i alone, and returns their folder"""
-    G, settings, device = load(path), read(path)["settings"], find_device(device)
-    (folder, first), noise = next_image(path, n), torch.Generator().manual_seed(seed)
-    z = torch.cat([torch.randn(64, settings["nz"], generator=noise) for _ in range(0, first + n, 64)]).to(device)
-    images = map(G.to(device), z[first:first + n].split(64))
-    return save_each(images, folder, first, settings.get("dataset"))
+def generate(out, n, seed, device, load=load):
+    """Writes n images of the run in out into out/generated: image i depends on the seed and i alone"""
+    G, noise = load(out / "checkpoint.pt").to(device), torch.Generator().manual_seed(seed)
+    for i in range(n):
+        x = G(torch.randn(1, G.config["nz"], generator=noise).to(device))
+        if G.config["dataset"] in ("mnist", "fashion-mnist") and x.shape[-1] == 32:
+            x = x[..., 2:-2, 2:-2]                          # without the border that load_images gave them
+        save_images(x, out / "generated" / f"{seed}-{i:06d}.png")
+    print(f"{n:,} images in {out / 'generated'}")
 
 
-@in_one_sentence(SCRIPT)
-def main(argv=None):
-    """The command line.  SystemExit: 2 after a user's mistake, with one sentence; 130 after Ctrl-C"""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: {message}\n")
-    comments = dict(re.findall(r"^    (\w+).*?,  +# (.*)$", getsource(train), re.M))
+def main(train, generate, argv=None):
+    """The command line of train.  SystemExit: 2 and one sentence after a user's mistake, 130 after Ctrl-C"""
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")      # not every terminal has a λ
+    parser = ArgumentParser(description=getmodule(train).__doc__, formatter_class=RawDescriptionHelpFormatter)
+    comments = dict(re.findall(r"^    (\w+).*?, +# (.*)$", getsource(train), re.M))
     for name, setting in signature(train).parameters.items():
         kind = setting.annotation if setting.default is None else type(setting.default)
-        how = dict(action="store_true") if kind is bool else dict(type=kind)
-        how |= dict(default=setting.default, help=f"{comments[name]} ({setting.default})")
+        how = dict(action=BooleanOptionalAction) if kind is bool else dict(type=kind)
+        how |= dict(default=setting.default, help=f"{comments.get(name, '')} ({setting.default})")
         parser.add_argument("--" + name.replace("_", "-"), **how)
     parser.add_argument("--generate", type=int, metavar="N", help="N images of the run in OUT")
-    args = parser.parse_args(argv)
-    n = vars(args).pop("generate")
-    if n is None:
-        train(**vars(args))
-    else:
-        generate(run_folder(SCRIPT, args), n, args.device, args.seed)
+    config = vars(parser.parse_args(argv))
+    try:
+        if (n := config.pop("generate")) is None:
+            train(**config)
+        else:
+            generate(folder(getfile(train), config), n, config["seed"], config["device"])
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; the same command goes on from the last checkpoint\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(train, generate)

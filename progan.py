@@ -12,26 +12,26 @@ Differs from the paper, or from its authors' code:
 - Weights are multiplied by He's constant (§4.1 divides by it); gain 1 in toRGB and in D's last layer: their code.
 - Pixel norm after every 3x3 convolution (A.1) and on the latents; in their code after the first, 4x4, too.
 - Minibatch standard deviation over the whole minibatch (§3), of each process; in their later code over groups of 4.
-- Not here: labels, mirrored images, epochs, a lower lr for the first 40 thousand images, more steps at the end.
-The defaults are the paper's, for GPUs. Measured on 2 EPYC cores, torch 2.14: 10 min, estimate 0.12 (seed 2), with
-`python progan.py --digit 7 --fmap-base 128 --fmap-max 64 --nz 64 --lr 0.005 --kimg 3 --ema 0.99 --steps 6000`"""
-import atexit
+- Lower resolutions are averages of the batch's pixels, not stored, and so not rounded to 8 bits.
+- With k processes (torchrun) a minibatch is k times as large, and a phase has k times fewer updates.
+- Not here: labels, mirrored images, epochs, a lower lr for the first 40 thousand images, more steps at the end."""
 import copy
-import math
+import json
 import os
 import re
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+import sys
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from collections import Counter
 from datetime import timedelta
-from inspect import getsource, signature
+from inspect import getfile, getmodule, getsource, signature
+from math import ceil, log2
 from pathlib import Path
 from time import perf_counter
 
 import torch
 import torch.distributed as dist
 from torch import cuda, nn
-from common import (DATASETS, batches, channels_of, checked, claim, compare, find_device, fitting, in_one_sentence,
-                    load_images, name_of, next_image, pyramid, replacing, run_folder, same_shapes,
-                    save_animation, save_curve, save_each, save_images, stop_signals)
+from common import batches, load_images, save_animation, save_curves, save_images
 
 # ---- The pieces (§3, §4) -----------------------------------------------------------------------------------------
 class Conv(nn.Module):
@@ -47,57 +47,55 @@ class Conv(nn.Module):
         return nn.functional.conv2d(x, self.scale * self.weight, self.bias, padding=self.padding)
 
 
-def pixel_norm(x):
+class PixelNorm(nn.Module):
     """§4.2: every pixel's feature vector, scaled to a mean square of 1.  (m, C, ...) -> (m, C, ...)"""
-    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
 
 
-def minibatch_stddev(x):
+class MinibatchStddev(nn.Module):
     """§3: one more feature map, constant: the standard deviation over the minibatch of each feature at each place,
     averaged. A minibatch of one has 1e-4, never nan.  (m, C, H, W) -> (m, C + 1, H, W)"""
-    std = (x.var(0, correction=0) + 1e-8).sqrt().mean()
-    return torch.cat([x, std.expand(len(x), 1, *x.shape[2:])], 1)
+    def forward(self, x):
+        std = (x.var(0, correction=0) + 1e-8).sqrt().mean()
+        return torch.cat([x, std.expand(len(x), 1, *x.shape[2:])], 1)
 
 
-upsample = nn.Upsample(scale_factor=2)      # Table 2: every pixel four times.  (m, C, H, W) -> (m, C, 2H, 2W)
-downsample = nn.AvgPool2d(2)                # Table 2: averages of 2x2 pixels.  (m, C, H, W) -> (m, C, H/2, W/2)
-
-
-class Layer(nn.Module):         # a function as a layer
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
+pixel_norm, minibatch_stddev = PixelNorm(), MinibatchStddev()
+upsample = nn.Upsample(scale_factor=2)      # every pixel four times (A.1, Fig. 2).  (m, C, H, W) -> (m, C, 2H, 2W)
+downsample = nn.AvgPool2d(2)                # their 2x2 averages (A.1, Fig. 2).  (m, C, H, W) -> (m, C, H/2, W/2)
 
 
 # ---- Networks (table 2) ------------------------------------------------------------------------------------------
-def feature_maps(resolution, fmap_base, fmap_max):
-    """At 4x4, 8x8, ..., resolution; for 8192 and 512 those of table 2.  ValueError for any other resolution"""
-    if resolution not in (4, 8, 16, 32, 64, 128, 256, 512, 1024):
-        raise ValueError(f"--size must be a power of two from 4 to 1024, not {resolution}")
-    return [max(1, min(2 * fmap_base >> k, fmap_max)) for k in range(2, resolution.bit_length())]
+def feature_maps(size, fmap_base, fmap_max):
+    """At 4x4, 8x8, ..., size; for 8192 and 512 those of table 2.  ValueError for any other size"""
+    if size not in (4, 8, 16, 32, 64, 128, 256, 512, 1024):
+        raise ValueError(f"--size must be a power of two from 4 to 1024, not {size}")
+    return [max(1, min(fmap_base // 2 ** (k + 1), fmap_max)) for k in range(int(log2(size)) - 1)]
 
 
 class Generator(nn.Module):
     """G(z, resolution, alpha): (m, nz) -> images, about in [-1, 1], (m, channels, resolution, resolution).
-    alpha in [0, 1]: the weight of the last block.  G(z) alone: as self.grown says, which follows the training"""
-    def __init__(self, resolution, channels=3, fmap_base=8192, fmap_max=512, nz=512):
+    alpha in [0, 1]: the weight of the last block.  G(z) alone: as schedule says of the images shown so far"""
+    def __init__(self, size, channels=3, fmap_base=8192, fmap_max=512, nz=512, kimg=800.0):
         super().__init__()
-        n = feature_maps(resolution, fmap_base, fmap_max)
-        self.grown = resolution, 1.0
+        n = feature_maps(size, fmap_base, fmap_max)
+        self.size, self.kimg = size, kimg
+        self.register_buffer("shown", torch.tensor(0))          # images so far: a checkpoint knows how far it is
         # One of the 4x4 weights meets the latent in each place; fan_in counts all 16, as in the authors' code.
         self.blocks = nn.ModuleList([nn.Sequential(             # (m, nz, 1, 1) -> (m, n[0], 4, 4)
             Conv(nz, n[0], 4, padding=3), nn.LeakyReLU(0.2, True),
-            Conv(n[0], n[0], 3, padding=1), nn.LeakyReLU(0.2, True), Layer(pixel_norm))])
+            Conv(n[0], n[0], 3, padding=1), nn.LeakyReLU(0.2, True), pixel_norm)])
         for a, b in zip(n, n[1:]):                              # (m, a, H, W) -> (m, b, 2H, 2W)
             self.blocks.append(nn.Sequential(
-                upsample,
-                Conv(a, b, 3, padding=1), nn.LeakyReLU(0.2, True), Layer(pixel_norm),
-                Conv(b, b, 3, padding=1), nn.LeakyReLU(0.2, True), Layer(pixel_norm)))
+                upsample, Conv(a, b, 3, padding=1), nn.LeakyReLU(0.2, True), pixel_norm,
+                Conv(b, b, 3, padding=1), nn.LeakyReLU(0.2, True), pixel_norm))
         self.to_rgb = nn.ModuleList(Conv(b, channels, 1, gain=1) for b in n)
 
     def forward(self, z, resolution=None, alpha=1.0):
-        resolution, alpha = (resolution, alpha) if resolution else self.grown
-        last = resolution.bit_length() - 3                      # 4x4 is block 0, 8x8 block 1, ...
+        if resolution is None:
+            _, resolution, alpha = schedule(self.shown.item(), self.size, self.kimg)
+        last = int(log2(resolution)) - 2                        # 4x4 is block 0, 8x8 block 1, ...
         x = self.blocks[0](pixel_norm(z)[:, :, None, None])
         for k in range(1, last + 1):
             small, x = x, self.blocks[k](x)
@@ -110,12 +108,12 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """D(x, resolution, alpha): (m, channels, resolution, resolution) -> scores (m,), which depend on the minibatch.
     alpha in [0, 1]: the weight of the first block.  D(x) alone: the resolution of x, alpha 1"""
-    def __init__(self, resolution, channels=3, fmap_base=8192, fmap_max=512):
+    def __init__(self, size, channels=3, fmap_base=8192, fmap_max=512):
         super().__init__()
-        n = feature_maps(resolution, fmap_base, fmap_max)
+        n = feature_maps(size, fmap_base, fmap_max)
         self.from_rgb = nn.ModuleList(nn.Sequential(Conv(channels, b, 1), nn.LeakyReLU(0.2, True)) for b in n)
         self.blocks = nn.ModuleList([nn.Sequential(             # (m, n[0], 4, 4) -> (m,)
-            Layer(minibatch_stddev), Conv(n[0] + 1, n[0], 3, padding=1), nn.LeakyReLU(0.2, True),
+            minibatch_stddev, Conv(n[0] + 1, n[0], 3, padding=1), nn.LeakyReLU(0.2, True),
             Conv(n[0], n[0], 4), nn.LeakyReLU(0.2, True), Conv(n[0], 1, 1, gain=1), nn.Flatten(0))])
         for a, b in zip(n, n[1:]):                              # (m, b, H, W) -> (m, a, H/2, W/2)
             self.blocks.append(nn.Sequential(
@@ -123,7 +121,7 @@ class Discriminator(nn.Module):
                 Conv(b, a, 3, padding=1), nn.LeakyReLU(0.2, True), downsample))
 
     def forward(self, x, resolution=None, alpha=1.0):
-        last = (resolution or x.shape[-1]).bit_length() - 3
+        last = int(log2(resolution or x.shape[-1])) - 2
         h = self.from_rgb[last](x)
         for k in range(last, 0, -1):
             h = self.blocks[k](h)
@@ -132,15 +130,14 @@ class Discriminator(nn.Module):
         return self.blocks[0](h)
 
 
-# ---- Growing (§2, Fig. 2), and what the loss and the pictures need -----------------------------------------------
+# ---- Growing (§2, Fig. 2), and what the loss needs ---------------------------------------------------------------
 def schedule(images_shown, size=1024, kimg=800.0):
-    """A.1: 4x4 for kimg thousand images; then each resolution up to size is faded in during as many, and stabilised
-    during as many.  Images shown to D so far -> (resolution, alpha): alpha from 0 while it fades in, then 1.0"""
-    length = max(1, round(1000 * kimg))                         # images per phase: 4, fade 8, 8, fade 16, 16, ...
-    phase, shown = divmod(images_shown, length)
-    if phase > 2 * (size.bit_length() - 3):
-        return size, 1.0
-    return 4 << (phase + 1) // 2, shown / length if phase % 2 == 1 else 1.0
+    """A.1: phases of kimg thousand images. In phase 0 4x4 pixels; in 1, 3, ... the next resolution, up to size, is
+    faded in, in 2, 4, ... stabilised.  Images shown to D so far -> (phase, resolution, alpha from 0 to 1)"""
+    length = max(1, round(1000 * kimg))
+    phase = min(images_shown // length, 2 * int(log2(size)) - 4)        # the last one does not end
+    alpha = images_shown % length / length if phase % 2 == 1 else 1.0
+    return phase, 4 * 2 ** ((phase + 1) // 2), alpha
 
 
 def fade(x, alpha):
@@ -156,19 +153,7 @@ def grad_norm(D, x, resolution, alpha):
     return torch.linalg.vector_norm(grad.reshape(len(x), -1), dim=1)    # unlike sqrt(sum of squares), not nan at 0
 
 
-def average_gradients(weights):
-    """Over all processes, so that each makes the same step; with one there is nothing to do"""
-    if dist.is_initialized():
-        grads = [weight.grad for weight in weights if weight.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat)
-        means = (flat / dist.get_world_size()).split([grad.numel() for grad in grads])
-        for grad, mean in zip(grads, means):
-            grad.copy_(mean.view_as(grad))
-
-
 # ---- Training (A.1) ----------------------------------------------------------------------------------------------
-@checked
 def train(
     # A.1: Adam with α = 0.001, β₁ = 0, β₂ = 0.99, ε = 10⁻⁸; 800 thousand images per phase; average of G: 0.999
     lr=1e-3,                  # α         Adam: step size
@@ -180,67 +165,66 @@ def train(
     ema=0.999,                #           decay of the moving average of G; shorter runs need less
     kimg=800.0,               #           thousands of images to fade a resolution in, and to stabilise it
     batch_size: int = None,   # m         images per batch and process (16 up to 128x128, then 14, 6, 3)
-    # The networks
     nz=512,                   # z         dimensions of the latent variable
     fmap_base=8192,           #           feature maps: 2 fmap_base / resolution, but at most fmap_max
     fmap_max=512,             #           feature maps where resolutions are low; fewer: smaller networks
     # The images
     dataset="mnist",          #           mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,        #           only this class, 0 to 9
-    root: str = None,         #           where data sets are kept (data/ beside common.py)
-    size: int = None,         #           last width and height: 4, 8, ..., 1024 (32; a folder: 1024)
+    size=32,                  #           last width and height: 4, 8, ..., 1024
     channels: int = None,     #           1 grey, 3 RGB (what the data set has; a folder: 3)
+    root: str = None,         #           where data sets are kept (data/ beside common.py)
     # The run
     steps: int = None,        #           updates of G (until the last resolution has been stabilised for kimg)
     seed=0,                   #           of every random number but the pictures' latents
-    device="auto",            #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
+    device="cuda" if cuda.is_available() else "cpu",    #         any torch device: cpu, cuda, cuda:1, mps, ...
     out: str = None,          #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=500,           #           steps between rows of the log, pictures and checkpoints
     keep=False,               #           keep every checkpoint beside its picture: 000500.pt, 001000.pt, ...
 ):
-    """As A.1 says.  Returns the average of G, D.  ValueError, OSError: one sentence.  KeyboardInterrupt: Ctrl-C"""
-    device, channels, dataset = find_device(device), channels_of(dataset, channels), str(dataset)
-    if size is None:
-        size = 32 if dataset in DATASETS else 1024
-    config = Namespace(**locals())
-    if not 1e-6 < min(kimg, gamma) <= max(kimg, gamma) < 1e9:
-        raise ValueError(f"kimg and gamma must be above 0, and below 1e9, not {kimg} and {gamma}")
+    """As A.1 says.  Returns the average of G, D.  ValueError, OSError: one sentence says what is wrong"""
+    config = dict(locals())
+    feature_maps(size, fmap_base, fmap_max)                         # ValueError before images are read
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():    # torchrun
+        dist.init_process_group(timeout=timedelta(days=1))          # the first process may decode images for hours
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if world > 1 and device == "cuda":
+        device = config["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+        cuda.set_device(device)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")                          # the first process speaks, and writes, for all
+        dist.barrier()                                              # until it has decoded the images
+    images = load_images(dataset, digit, size, channels, root)
+    if rank == 0 and world > 1:
+        dist.barrier()
+    config["images"], config["channels"] = images.shape[:2]
     torch.manual_seed(seed)
-    fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
-    G = Generator(size, channels, fmap_base, fmap_max, nz).to(device, memory_format=torch.channels_last)
-    D = Discriminator(size, channels, fmap_base, fmap_max).to(device, memory_format=torch.channels_last)
+    place = dict(device=device, memory_format=torch.channels_last)  # faster
+    G = Generator(size, images.shape[1], fmap_base, fmap_max, nz, kimg).to(**place)
+    D = Discriminator(size, images.shape[1], fmap_base, fmap_max).to(**place)
     G_ema = copy.deepcopy(G).requires_grad_(False)
-    theta, w = list(G.parameters()), list(D.parameters())
+    theta, w = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))     # inputs=w: ∇_w, no more
     opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), eps=1e-8, fused=True)
     opt_D = torch.optim.Adam(w, lr, (beta1, beta2), eps=1e-8, fused=True)
-    rank, world = processes(device)
-    m = {4 << k: batch_size or n for k, n in enumerate([16] * 6 + [14, 6, 3])}      # A.1: at 4x4, ..., 1024x1024
-    phases = [4 << (k + 1) // 2 for k in range(2 * size.bit_length() - 5)]      # 4, 8, 8, 16, 16, ..., size, size
-    if rank > 0:
-        torch.manual_seed(seed + (rank << 16))                      # other noise, but the same networks
-        everyones(None)                                             # until the first has decoded the images for all
-    images = load_images(dataset, digit, size, root, channels, enlarge=False, mapped=world > 1)
-    P_r = {r: batches(x, m[r], device) for r, x in pyramid(images).items()}
-    config.images, config.processes = len(images), world
-    if rank == 0:
-        everyones(None)
-    run = Run(config, fixed_z, next(P_r[size])[:64], G=G, D=D, G_ema=G_ema, opt_G=opt_G, opt_D=opt_D)
-    if steps is None:                                               # as many as schedule needs, from here on
-        config.steps, shown = run.step, run.shown
-        for k, r in enumerate(phases):
-            count = max(0, math.ceil((max(1, round(1000 * kimg)) * (k + 1) - shown) / (world * m[r])))
-            config.steps, shown = config.steps + count, shown + count * world * m[r]
-    G.grown = G_ema.grown = schedule(run.shown, size, kimg)
+    m = {4 * 2 ** k: batch_size or n for k, n in enumerate([16] * 6 + [14, 6, 3])}     # A.1: at 4x4, ..., 1024x1024
+    P_r = batches(images, m[4], device)
+    resolutions = [4 * 2 ** ((phase + 1) // 2) for phase in range(2 * int(log2(size)) - 3)]     # 4, 8, 8, 16, ...
+    config["steps"] = steps or sum(ceil(1000 * kimg / (world * m[resolution])) for resolution in resolutions)
+    fixed_z = torch.randn(min(64, (2048 // size) ** 2), nz, generator=torch.Generator().manual_seed(0)).to(device)
 
-    for step in run:
-        resolution, alpha = schedule(run.shown, size, kimg)         # §2      4x4; fade in 8x8, stabilise it; ...
-        x = fade(next(P_r[resolution]), alpha)                      # Fig. 2  real images fade as generated ones do
+    def iteration():
+        nonlocal shown
+        phase, resolution, alpha = schedule(shown, size, kimg)      # §2      4x4; fade in 8x8, stabilise it; ...
+        x = next(P_r)[:m[resolution]]
+        while x.shape[-1] > resolution:
+            x = downsample(x)
+        x = fade(x, alpha)                                          # Fig. 2  real images fade as generated ones do
         z = torch.randn(len(x), nz, device=device)                  # A.1     latents; G puts them on a hypersphere
         eps = torch.rand(len(x), 1, 1, 1, device=device)
         with torch.no_grad():
             x_tilde = G(z, resolution, alpha)                       # Fig. 2
         x_hat = eps * x + (1 - eps) * x_tilde
-        D_x_tilde = D(x_tilde, resolution, alpha)                   # §3      real and generated images apart: each
+        D_x_tilde = D(x_tilde, resolution, alpha)                   # code    real and generated images apart: each
         D_x = D(x, resolution, alpha)                               #         minibatch has its standard deviation
         penalty = (grad_norm(D, x_hat, resolution, alpha) - gamma) ** 2
         L = (D_x_tilde - D_x                                        # A.1     L ← D(x_tilde) − D(x)
@@ -256,175 +240,146 @@ def train(
         L_G.mean().backward(inputs=theta)
         average_gradients(theta)
         opt_G.step()                                                # A.1     θ ← Adam(∇_θ 1/m Σ −D(G(z)), θ, ...)
-        for average, now in zip(G_ema.parameters(), theta):
+        for average, now in zip(G_ema.parameters(), G.parameters()):
             average.lerp_(now.detach(), 1 - ema)                    # A.1     θ_ema ← 0.999 θ_ema + 0.001 θ
-        run.shown += world * len(x)
-        then = G.grown = G_ema.grown = schedule(run.shown, size, kimg)
-        if (then[0], then[1] < 1) != (resolution, alpha < 1):       # code    a phase ends: Adam is reset
+        shown += world * len(x)
+        if schedule(shown, size, kimg)[0] > phase:                  # code    the phase ends: Adam is reset
             opt_G.state.clear()
             opt_D.state.clear()
-        run.log(resolution, alpha, wasserstein=(D_x - D_x_tilde).mean(), L_D=L.mean(), L_G=L_G.mean(),
-                penalty=penalty.mean(), drift=(D_x ** 2).mean())
+        return dict(wasserstein=(D_x - D_x_tilde).mean(), L_D=L.mean(), L_G=L_G.mean(), penalty=penalty.mean(),
+                    drift=(D_x ** 2).mean())
+
+    states = dict(G=G, D=D, G_ema=G_ema, opt_G=opt_G, opt_D=opt_D)  # all that a checkpoint keeps
+    real, out = next(P_r)[:len(fixed_z)], folder(__file__, config)
+    rows = resume(out, config, states)
+    shown = G_ema.shown.item()                                      # images, to D, so far
+    if rank > 0:
+        torch.manual_seed(seed + (len(rows) << 8) + rank)           # other images and noise in each process
+        list(rounds(iteration, config, rows))
+        return G_ema.eval(), D
+    save_images(real, out / "real.png")                             # as D sees them
+    for row in rounds(iteration, config, rows):                     # every save_every iterations
+        G_ema.shown.fill_(shown)
+        _, row["resolution"], row["alpha"] = schedule(shown, size, kimg)
+        save_images(G_ema(fixed_z), out / f"{row['step']:06d}.png")
+        save(out, config, states, rows)
+    save_animation(out)
     return G_ema.eval(), D
 
 
-# ---- The run: as in every script, but for growth and several processes; nothing below is in the paper ------------
-SCRIPT = Path(globals().get("__file__", "notebook")).stem
-MAY_CHANGE = {"steps", "save_every", "keep", "device", "root", "out"}       # when a run goes on
-
-
-class Run:
-    """for step in run: the steps still to be made; the very first is 1.  parts: all that has a state_dict"""
-    def __init__(self, config, fixed_z, real, **parts):
-        self.config, self.fixed_z, self.parts = config, fixed_z, parts
-        self.settings = {key: it for key, it in vars(config).items() if key not in MAY_CHANGE}
-        self.settings["dataset"] = name_of(config.dataset)
-        self.out = run_folder(SCRIPT, config)
-        self.step, self.time, self.rows, self.sums, self.shown = 0, 0.0, [], {}, 0
-        self.random = [torch, cuda] if fixed_z.is_cuda else [torch]
-        self.rank, self.world = processes(fixed_z.device)
-        if self.rank == 0:
-            self.lock = claim(self.out)
-        if Path(self.out, "checkpoint.pt").exists():
-            saved = read(self.out)
-            with fitting(self.out, SCRIPT):
-                compare(saved, self.settings, self.out)
-                for name, part in parts.items():
-                    if name.startswith("opt"):              # lr, fused, capturable are those of this run
-                        saved[name]["param_groups"] = part.state_dict()["param_groups"]
-                    part.load_state_dict(saved[name])
-                same_shapes(parts["opt_G"], parts["opt_D"])
-                self.step, self.time, self.rows, states, self.shown = saved["run"]
-                for each, state in zip(self.random, (states + [[]] * self.world)[self.rank]):
-                    each.set_rng_state(state)
-        if self.rank == 0:
-            save_images(real, self.out / "real.png")
-
-    def __iter__(self):
-        config, halt = self.config, False
-        if self.rank == 0:
-            print(f"device: {self.fixed_z.device}\nrun folder: {self.out}")
-            print(f"{self.step} of {config.steps} steps are done", flush=True)
-        self.since, self.begin = self.step, perf_counter() - self.time
-        with stop_signals() as stop:
-            for self.step in range(self.step + 1, config.steps + 1):
-                yield self.step
-                # All processes stop, or none: they agree at every tenth step.
-                halt = (self.world == 1 or self.step % 10 == 0) and any(everyones(stop))
-                if halt or self.step == config.steps or self.step % config.save_every == 0:
-                    self.save()
-                    everyones(None)                         # torchrun ends all when one ends: wait for the first
-                    if halt:
-                        break
-        if self.rank == 0:
-            save_animation(self.out)
-        if halt:
-            raise KeyboardInterrupt
-
-    def log(self, resolution, alpha, **losses):
-        """Adds up a step's losses, scalar tensors; a row of the log has their means, and where the last step was"""
-        self.place = dict(resolution=resolution, alpha=alpha)
-        for name, loss in losses.items():
-            self.sums.setdefault(name, torch.zeros_like(loss)).add_(loss.detach())
-
-    def save(self):
-        """A row, the pictures, when these are there, the checkpoint, and then a line: by the first process alone"""
-        states = everyones([each.get_rng_state() for each in self.random])
-        if self.rank > 0:
-            return
-        count, self.since = self.step - self.since, self.step
-        row = self.place | {name: total.item() / count for name, total in self.sums.items()}
-        for total in self.sums.values():
-            total.zero_()
-        was, self.time = self.time, perf_counter() - self.begin
-        self.rows.append(dict(step=self.step, images=self.shown, seconds=self.time, **row))
-        save_curve(self.rows, self.out)                     # ValueError if a loss is not finite
-        G = self.parts["G_ema"]
-        side = min(8, 2048 // G.grown[0])                   # more would not fit into the picture
-        x = [G(z) for z in self.fixed_z[:side ** 2].split(8)]
-        save_images(torch.cat(x), self.out / f"{self.step:06d}.png")
-        saved = {name: part.state_dict() for name, part in self.parts.items()}
-        saved |= dict(settings=self.settings, run=(self.step, self.time, self.rows, states, self.shown))
-        for name in (f"{self.step:06d}.pt", "checkpoint.pt"):
-            if self.config.keep or name == "checkpoint.pt":
-                with replacing(self.out / name) as file:
-                    torch.save({SCRIPT: saved}, file)
-        speed = count / (self.time - was)
-        left = (self.config.steps - self.step) / speed / 60     # at this speed; larger images take longer
-        losses = "  ".join(f"{name} {it:.4g}" for name, it in row.items())
-        speed = f"{speed:.1f} steps/s  {left:.0f} min left"
-        print(f"step {self.step}/{self.config.steps}  {losses}  {speed}", flush=True)
-
-
-def processes(device):
-    """The number of this process and how many there are: 0 and 1 without torchrun"""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=timedelta(days=1))         # one may decode images for hours
-        atexit.register(dist.destroy_process_group)
+# ---- The run: as in every script; nothing below is in the paper --------------------------------------------
+def average_gradients(weights):
+    """Over all processes, so that each makes the same step; with one there is nothing to do"""
     if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+        grads = [weight.grad for weight in weights if weight.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(total.view_as(grad) / dist.get_world_size())
 
 
-def everyones(it):
-    """it of every process, in their order"""
-    them = [it]
-    if dist.is_initialized():
-        them = them * dist.get_world_size()
-        dist.all_gather_object(them, it)
-    return them
+def folder(script, config):
+    """Where a run's files go: OUT, or runs/SCRIPT-DATASET-DIGIT"""
+    names = Path(script).stem, Path(config["dataset"]).resolve().name, config["digit"]
+    return Path(config["out"] or "runs/" + "-".join(str(name) for name in names if name is not None))
 
 
-def read(path):
-    """The checkpoint in a run folder, or a file that --keep wrote.  ValueError if there is no good one"""
-    if Path(path).is_dir():
-        path = Path(path, "checkpoint.pt")
-    with fitting(path, SCRIPT):
-        return torch.load(path, map_location="cpu", weights_only=True)[SCRIPT]
+def resume(out, config, states):
+    """Puts the checkpoint in out, if there is one, into states.  -> the log's rows.  ValueError: other settings"""
+    config["states"] = list(states)                         # plain, as a checkpoint has it: NumPy's numbers, paths
+    config |= json.loads(json.dumps(config, default=lambda it: getattr(it, "item", it.__str__)()))
+    if not (out / "checkpoint.pt").exists():
+        print(f"a new run in {out}", flush=True)
+        return []
+    saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+    for name, now in config.items():
+        was = saved["config"].get(name)
+        if was != now and name not in ("steps", "save_every", "keep", "graph", "device", "root", "out"):
+            raise ValueError(f"{out} has {name} {was}, not {now}: name another --out")
+    for name, state in states.items():
+        if name.startswith("opt"):
+            saved[name]["param_groups"] = state.state_dict()["param_groups"]
+        state.load_state_dict(saved[name])
+    torch.set_rng_state(saved["random"])
+    if saved["random_cuda"] is not None and "cuda" in config["device"]:
+        cuda.set_rng_state(saved["random_cuda"], config["device"])
+    print(f"going on from step {saved['rows'][-1]['step']}, in {out}/checkpoint.pt", flush=True)
+    return saved["rows"]
 
 
-def load(path):
-    """The moving average of G in what read() finds, as large as it has grown, on the CPU: z ~ N(0, 1), (n, nz) ->
-    images, about in [-1, 1], (n, C, H, W)"""
-    saved = read(path)
-    with fitting(path, SCRIPT):
-        settings = saved["settings"]
-        G = Generator(*(settings[name] for name in ("size", "channels", "fmap_base", "fmap_max", "nz")))
-        G.load_state_dict(saved["G_ema"])
-        G.grown = schedule(saved["run"][4], settings["size"], settings["kimg"])
+def save(out, config, states, rows):
+    """The log, a line of it, and the checkpoint, whole or not at all: the run may be killed at any time"""
+    save_curves(rows, out)
+    saved = {name: state.state_dict() for name, state in states.items()}
+    for state in saved.values():
+        state.pop("param_groups", None)                     # an optimizer's lr and the like are the code's
+    of_cuda = cuda.get_rng_state(config["device"]) if "cuda" in config["device"] else None
+    saved |= dict(config=config, rows=rows, random=torch.get_rng_state(), random_cuda=of_cuda)
+    for name in ["checkpoint", f"{rows[-1]['step']:06d}"] if config["keep"] else ["checkpoint"]:
+        torch.save(saved, out / f"{name}.{os.getpid()}")
+        os.replace(out / f"{name}.{os.getpid()}", out / f"{name}.pt")
+    left = rows[-1]["seconds"] * (config["steps"] / rows[-1]["step"] - 1) / 60
+    print(*(f"{name} {value:.4g} " for name, value in rows[-1].items()), f"{left:.0f} min left", flush=True)
+
+
+def rounds(iteration, config, rows):
+    """Makes the steps that are left.  Every save_every steps it adds their mean losses to rows, and yields them"""
+    torch.backends.cudnn.benchmark = True                   # on CUDA: the fastest kernels for these shapes
+    last = rows[-1] if rows else dict(step=0, seconds=0.0)
+    begin, sums = perf_counter() - last["seconds"], Counter()
+    for step in range(last["step"] + 1, config["steps"] + 1):
+        for name, loss in iteration().items():
+            sums[name] += loss.detach()                     # on the device: nothing waits for it
+        if step % config["save_every"] == 0 or step == config["steps"]:
+            means = {name: total.item() / (step - last["step"]) for name, total in sums.items()}
+            last = dict(step=step, seconds=perf_counter() - begin, **means)
+            rows.append(last)
+            yield last
+            sums.clear()
+
+
+def load(checkpoint, network=Generator):
+    """The average of G in a checkpoint.pt, on the CPU: z ~ N(0, 1), (n, nz) -> images, about in [-1, 1]"""
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    G = network(**{name: saved["config"][name] for name in signature(network).parameters})
+    G.load_state_dict(saved["G_ema"])
+    G.config = saved["config"]
     return G.eval().requires_grad_(False)
 
 
-@checked
-def generate(path, n, device="auto", seed=0):
-    """Writes n more images of what read() finds, image i by seed and i alone, and returns their folder"""
-    G, settings, device = load(path), read(path)["settings"], find_device(device)
-    (folder, first), noise = next_image(path, n), torch.Generator().manual_seed(seed)
-    z = torch.cat([torch.randn(64, settings["nz"], generator=noise) for _ in range(0, first + n, 64)]).to(device)
-    images = map(G.to(device), z[first:first + n].split(8))
-    return save_each(images, folder, first, settings.get("dataset"))
+def generate(out, n, seed, device, load=load):
+    """Writes n images of the run in out into out/generated: image i depends on the seed and i alone"""
+    G, noise = load(out / "checkpoint.pt").to(device), torch.Generator().manual_seed(seed)
+    for i in range(n):
+        x = G(torch.randn(1, G.config["nz"], generator=noise).to(device))
+        if G.config["dataset"] in ("mnist", "fashion-mnist") and x.shape[-1] == 32:
+            x = x[..., 2:-2, 2:-2]                          # without the border that load_images gave them
+        save_images(x, out / "generated" / f"{seed}-{i:06d}.png")
+    print(f"{n:,} images in {out / 'generated'}")
 
 
-@in_one_sentence(SCRIPT)
-def main(argv=None):
-    """The command line.  SystemExit: 2 after a user's mistake, with one sentence; 130 after Ctrl-C"""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: {message}\n")
-    comments = dict(re.findall(r"^    (\w+).*?,  +# (.*)$", getsource(train), re.M))
+def main(train, generate, argv=None):
+    """The command line of train.  SystemExit: 2 and one sentence after a user's mistake, 130 after Ctrl-C"""
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")      # not every terminal has a λ
+    parser = ArgumentParser(description=getmodule(train).__doc__, formatter_class=RawDescriptionHelpFormatter)
+    comments = dict(re.findall(r"^    (\w+).*?, +# (.*)$", getsource(train), re.M))
     for name, setting in signature(train).parameters.items():
         kind = setting.annotation if setting.default is None else type(setting.default)
-        how = dict(action="store_true") if kind is bool else dict(type=kind)
-        how |= dict(default=setting.default, help=f"{comments[name]} ({setting.default})")
+        how = dict(action=BooleanOptionalAction) if kind is bool else dict(type=kind)
+        how |= dict(default=setting.default, help=f"{comments.get(name, '')} ({setting.default})")
         parser.add_argument("--" + name.replace("_", "-"), **how)
     parser.add_argument("--generate", type=int, metavar="N", help="N images of the run in OUT")
-    args = parser.parse_args(argv)
-    n = vars(args).pop("generate")
-    if n is None:
-        train(**vars(args))
-    else:
-        generate(run_folder(SCRIPT, args), n, args.device, args.seed)
+    config = vars(parser.parse_args(argv))
+    try:
+        if (n := config.pop("generate")) is None:
+            train(**config)
+        else:
+            generate(folder(getfile(train), config), n, config["seed"], config["device"])
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; the same command goes on from the last checkpoint\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(train, generate)

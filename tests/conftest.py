@@ -1,7 +1,6 @@
 import functools
 import os
 import sys
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 
-read_once = functools.cache(common._from_set)
+read_once = functools.cache(common.load_set)
 
 
 def pytest_collection_modifyitems(items):
@@ -26,9 +25,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _alone(request, monkeypatch, tmp_path):
     """Every test works in an empty folder and without a network; only common.py's read MNIST each time"""
-    def no_network(*_, **__):
-        raise urllib.error.URLError("no network in the tests")
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(urllib.request, "urlopen", None)
     monkeypatch.chdir(tmp_path)
     if request.module.__name__ != "test_common":
-        monkeypatch.setattr(common, "_from_set", read_once)
+        monkeypatch.setattr(common, "load_set", read_once)

@@ -12,18 +12,17 @@ def flat(tensors):
     return np.concatenate([each.detach().double().numpy().ravel() for each in tensors])
 
 
-# ---- Tiny networks; their numpy functions take all weights as one vector ----
-
 class LinearGenerator(nn.Module):
     """G(z) = A z + b, as an image of 2x2 pixels"""
+    shape = (1, 2, 2)
     start = np.append(np.linspace(-0.5, 0.7, 12), [0.1, -0.2, 0.3, 0.05])           # θ: A and b
 
-    def __init__(self, *_):
+    def __init__(self, *_, **__):
         super().__init__()
         self.A, self.b = parameter(self.start[:12].reshape(4, 3)), parameter(self.start[12:])
 
     def forward(self, z):
-        return (z @ self.A.T + self.b).view(-1, 1, 2, 2)
+        return (z @ self.A.T + self.b).view(-1, *self.shape)
 
     @staticmethod
     def image(theta, z):
@@ -37,15 +36,12 @@ class LinearGenerator(nn.Module):
 class QuadraticCritic(nn.Module):
     """D(x) = <a, x> + s/2 ‖x‖², whose gradient a + s x depends on where it is taken"""
     start = np.array([0.4, -0.3, 0.2, 0.6, 0.8])                                    # w: a and s
-    seen = []
 
-    def __init__(self, *_):
+    def __init__(self, *_, **__):
         super().__init__()
         self.a, self.s = parameter(self.start[:4]), parameter(self.start[4])
-        self.seen.clear()
 
     def forward(self, x):
-        self.seen.append((x.requires_grad, x.is_leaf, max(p.abs().max().item() for p in self.parameters())))
         return x.flatten(1) @ self.a + self.s / 2 * x.flatten(1).square().sum(1)
 
     @staticmethod
@@ -64,26 +60,21 @@ class QuadraticCritic(nn.Module):
 class LinearAutoencoder(nn.Module):
     """Enc(x) = E x, Dec(S) = F S on images of 2x2 pixels"""
     start = np.append(np.linspace(-0.8, 0.9, 8), np.linspace(0.7, -0.4, 8))         # w: E and F
-    seen = []
 
-    def __init__(self, *_):
+    def __init__(self, *_, **__):
         super().__init__()
         self.E, self.F = map(parameter, self.split(self.start))
-        self.seen.clear()
 
     @staticmethod
     def split(w):
         return w[:8].reshape(2, 4), w[8:].reshape(4, 2)
 
     def encode(self, x):
-        self.seen.append(x.requires_grad)
         return x.flatten(1) @ self.E.T
 
     def decode(self, S):
         return (S @ self.F.T).view(-1, 1, 2, 2)
 
-
-# ---- Optimizers, in float64 ----
 
 class Adam:
     """Kingma & Ba, Algorithm 1, of the loss + decay/2 ‖w‖²"""
@@ -113,12 +104,10 @@ class RMSProp:
         return g / (self.v**0.5 + 1e-8)
 
 
-# ---- What a run drew, and what it left ----
-
 class Drawn:
     """Records every random number that a script draws, and gives it 50 images of 2x2 pixels and tiny networks"""
-    def __init__(self, monkeypatch, script, side=2, **networks):
-        pixels = np.random.default_rng(0).integers(0, 256, (50, 1, side, side))
+    def __init__(self, monkeypatch, script, shape=(1, 2, 2), **networks):
+        pixels = np.random.default_rng(0).integers(0, 256, (50, *shape))
         self.images = torch.tensor(pixels, dtype=torch.uint8)
         self.numbers = {name: [] for name in ("randint", "randn", "rand", "randperm", "rand_like", "randn_like")}
         for name in self.numbers:
@@ -150,11 +139,16 @@ def logged(out, *names):
     return np.stack([log[name] for name in names], axis=1)
 
 
-def training(script, out):
-    """All of a checkpoint but the clock and the rows"""
-    checkpoint = script.read(out)
-    step, _, _, *states = checkpoint.pop("run")
-    return checkpoint | dict(step=step, states=states)
+def read(out):
+    return torch.load(f"{out}/checkpoint.pt", weights_only=True)
+
+
+def training(out):
+    """What a run has come to: all of its checkpoint but the clock and the settings that may change"""
+    saved = read(out)
+    rows = [{name: value for name, value in row.items() if name != "seconds"} for row in saved["rows"]]
+    same = {name: value for name, value in saved["config"].items() if name not in ("out", "steps", "save_every")}
+    return saved | dict(rows=rows[-1:], config=same)
 
 
 def assert_same(a, b):
@@ -170,12 +164,12 @@ def assert_same(a, b):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def assert_left(script, rows, numbers, rtol=1e-5, of_moments=1e-4, **networks):
+def assert_left(rows, numbers, rtol=1e-5, of_moments=1e-4, **networks):
     """What a run left: numbers all used; rows in the log; and of every network (it, weights, its optimizer here).
     rtol: of D's weights"""
     assert not any(list(rest) for rest in numbers)          # every number drawn was used, each once
     np.testing.assert_allclose(logged("run", *rows[0]), [list(row.values()) for row in rows], 2e-5, 1e-6)
-    saved = script.read("run")
+    saved = read("run")
     for name, (network, weights, optimizer) in networks.items():
         parameters = list(network.parameters())
         np.testing.assert_allclose(flat(parameters), weights, rtol if name == "D" else 2e-5, 1e-7, err_msg=name)
@@ -186,21 +180,18 @@ def assert_left(script, rows, numbers, rtol=1e-5, of_moments=1e-4, **networks):
         np.testing.assert_allclose(moments, optimizer.v, of_moments, 1e-9, err_msg=name)
 
 
-# ---- Layers ----
-
 def described(layers):
     """One line per layer: what a table of layers in a paper would say"""
     def line(layer):
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            (k, _), (s, _), (p, _) = layer.kernel_size, layer.stride, layer.padding
-            bias = "" if layer.bias is None else "+bias"
-            return f"{layer.in_channels}-{layer.out_channels} k{k} s{s} p{p}{bias}"
-        details = dict(BatchNorm2d=["num_features", "eps", "momentum", "affine"], Dropout=["p"])
         name = type(layer).__name__
-        if name == "LeakyReLU":
-            return f"LeakyReLU {-layer(torch.tensor(-1.0)):.4g}"
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            bias = "" if layer.bias is None else "+bias"
+            (k, _), (s, _), (p, _) = layer.kernel_size, layer.stride, layer.padding
+            return f"{layer.in_channels}-{layer.out_channels} k{k} s{s} p{p}{bias}"
         if name == "Linear":
             return f"Linear {layer.in_features}-{layer.out_features}{'' if layer.bias is None else '+bias'}"
+        details = dict(BatchNorm2d=["num_features", "eps", "momentum", "affine"], Dropout=["p"],
+                       LeakyReLU=["negative_slope"])
         return " ".join([name, *(str(getattr(layer, key)) for key in details.get(name, ()))])
     return [line(layer) for layer in layers]
 
@@ -211,13 +202,9 @@ def norm(n, activation):
 
 def assert_dcgan_initialisation(*networks):
     """Convolutions N(0, 0.02), batch norm N(1, 0.02) and 0"""
-    for network in networks:
-        for layer in network.modules():
-            weight = getattr(layer, "weight", None)
-            if isinstance(layer, nn.BatchNorm2d):
-                assert abs(weight.mean() - 1) < 4 * 0.02 / len(weight) ** 0.5 and not layer.bias.any()
-                assert 0.01 < weight.std() < 0.03
-            elif weight is not None:
-                assert abs(weight.mean()) < 4 * 0.02 / weight.numel() ** 0.5
-                few = weight.numel() < 1000
-                assert few or 0.018 < weight.std() < 0.022 and weight.abs().max() > 0.05    # not uniform
+    for layer in (layer for network in networks for layer in network.modules() if hasattr(layer, "weight")):
+        weight, mean = layer.weight, 1 if isinstance(layer, nn.BatchNorm2d) else 0
+        assert abs(weight.mean() - mean) < 4 * 0.02 / weight.numel() ** 0.5 and 0.01 < weight.std() < 0.03
+        few = weight.numel() < 1000
+        assert few or 0.018 < weight.std() < 0.022 and weight.abs().max() > 0.05        # not uniform
+        assert mean == 0 or not layer.bias.any()
