@@ -22,7 +22,7 @@ def load_images(dataset="mnist", digit=None, size=32, channels=None, root=None, 
     """uint8 (N, channels, size, size).  ValueError: a request that makes no sense;  OSError: a file, or a download
 
     dataset   mnist, fashion-mnist, cifar10, of which digit, 0 to 9, picks one class; or a folder of images
-    size      28x28 sets get a black border of 2 pixels; else images are resized, antialiased
+    size      28x28 images first become 32x32 by a black border (but for size 28); then resized, antialiased
     channels  1 grey, 3 RGB  (None: what the data set has; a folder: 3)
     """
     root = Path(root or ROOT)
@@ -30,7 +30,7 @@ def load_images(dataset="mnist", digit=None, size=32, channels=None, root=None, 
         raise ValueError(f"--channels must be 1 (grey) or 3 (RGB), not {channels}")
     if dataset not in DATASETS:
         if digit is not None or not os.path.isdir(dataset):
-            raise ValueError(f"--dataset {dataset}: {', '.join(DATASETS)}, or a folder, which takes no --digit")
+            raise ValueError(f"--dataset {dataset} must be {', '.join(DATASETS)}, or a folder, without --digit")
         return _load_folder(dataset, size, channels or 3, root)
     images, labels = load_set(dataset, root, train)
     if digit is not None:
@@ -41,7 +41,7 @@ def load_images(dataset="mnist", digit=None, size=32, channels=None, root=None, 
         images = TF.pad(images, 2)
     if images.shape[-1] != size:
         images = torch.cat([TF.resize(part, [size, size], antialias=True) for part in images.split(1000)])
-    if channels == 1 < images.shape[1]:
+    if channels == 1 and images.shape[1] == 3:
         images = TF.rgb_to_grayscale(images)
     return images.expand(-1, channels or -1, -1, -1)            # grey becomes RGB by repeating it
 
@@ -64,21 +64,21 @@ def _load_folder(folder, size, channels, root):
     """The images are decoded once, into a file under root, which is mapped: it may be larger than the memory"""
     place = os.path.realpath(folder)
     files = sorted(filter(os.path.isfile, glob.glob(f"{glob.escape(place)}/**/*.*", recursive=True)))
-    # Pictures of runs are no data.
+    # A folder with a checkpoint.pt is a run: its pictures are no data.
     runs = tuple(path.removesuffix("checkpoint.pt") for path in files if os.path.basename(path) == "checkpoint.pt")
     paths = [path for path in files if datasets.folder.is_image_file(path) and not path.startswith(runs)]
-    state = repr([size, channels, *((path, os.path.getmtime(path)) for path in paths)])
+    state = repr([size, channels, *((path, os.path.getmtime(path), os.path.getsize(path)) for path in paths)])
     file = root / "cache" / f"{Path(place).name}-{sha256(state.encode()).hexdigest()[:16]}"
     if not file.exists():
         print(f"decoding {len(paths):,} images once, into {file} (--root: elsewhere)", flush=True)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=file.parent) as parts:
-            with open(f"{parts}/images", "wb") as sink, ThreadPoolExecutor() as pool:
-                for i in range(0, len(paths), 256):             # so that few wait in memory to be written
+        with TemporaryDirectory(dir=file.parent) as scratch:
+            with open(f"{scratch}/images", "wb") as sink, ThreadPoolExecutor() as pool:
+                for i in range(0, len(paths), 256):             # so that few images wait in memory
                     sink.writelines(pool.map(lambda path: _decode(path, size, channels), paths[i:i + 256]))
-            if not os.path.getsize(f"{parts}/images"):
+            if not os.path.getsize(f"{scratch}/images"):
                 raise ValueError(f"{folder} has {len(files):,} files, but no image that can be used")
-            os.replace(f"{parts}/images", file)
+            os.replace(f"{scratch}/images", file)
     pixels = torch.from_file(str(file), shared=True, size=file.stat().st_size, dtype=torch.uint8)
     print(f"{len(pixels) // (channels * size * size):,} images, of {len(files):,} files in {folder}", flush=True)
     return pixels.view(-1, channels, size, size)
@@ -92,7 +92,7 @@ def _decode(path, size, channels):
             print(f"{path}: the first of {image.n_frames} frames", flush=True)
         if image.mode[0] in "IF":
             raise ValueError(f"its pixels are {image.mode}, not of 8 bits")
-        image.draft("RGB", (2 * size, 2 * size))                # a large JPEG: at once smaller, 20 times as fast
+        image.draft("RGB", (2 * size, 2 * size))                # a large JPEG is decoded smaller, 20 times as fast
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -108,24 +108,24 @@ def batches(images, m, device="cpu"):
     if images.dtype != torch.uint8 or m < 1:
         raise ValueError(f"a batch is of uint8 images, and of at least 1, not of {m} {images.dtype}")
     if torch.device(device).type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[1] / 2:
-        images = images.to(device)                              # the total decides, not what is free just now
+        images = images.to(device)                              # the total, as a run that goes on must do the same
     while True:
-        x = images[torch.randint(len(images), (m,), device=images.device)]      # no state but the random numbers'
+        x = images[torch.randint(len(images), (m,), device=images.device)]     # random numbers are all its state
         yield x.to(device).float() / 127.5 - 1
 
 
 def save_images(x, path):
-    """x, (n, C, H, W) in [-1, 1], as one PNG, row by row, a square if n is one.  ValueError if it is not finite"""
+    """x, (n, C, H, W) in [-1, 1], as one PNG, row by row, a square if n is one.  ValueError: one is not finite"""
     if not x.isfinite().all():
-        raise ValueError(f"{path} would not be finite: the last checkpoint is kept; try a smaller --lr")
+        raise ValueError(f"{path} would not be finite: a checkpoint is kept; try a smaller --lr, another --out")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_image(x, path, nrow=int(len(x) ** 0.5), padding=0, normalize=True, value_range=(-1, 1))
 
 
 def save_animation(folder):
     """training.gif: the pictures in the folder of a run, 000100.png, ..., at most 100, at most 512 pixels wide"""
-    paths = sorted(Path(folder).glob("[0-9]*.png"), key=lambda path: int(path.stem))
-    paths = paths[::-(len(paths) // 100 + 1)][::-1]
+    paths = [path for path in Path(folder).glob("*.png") if path.stem.isdecimal()]
+    paths = sorted(paths, key=lambda path: int(path.stem))[::-(len(paths) // 100 + 1)][::-1]
     side = min(512, Image.open(paths[-1]).width)
     frames = [Image.open(path).resize((side, side), Image.Resampling.BOX) for path in paths]
     frames[0].save(Path(folder, "training.gif"), save_all=True, append_images=frames[1:], duration=100, loop=0)

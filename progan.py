@@ -21,7 +21,7 @@ import os
 import re
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
-from collections import Counter
+from collections import defaultdict
 from datetime import timedelta
 from inspect import getfile, getmodule, getsource, signature
 from math import ceil, log2
@@ -76,12 +76,12 @@ def feature_maps(size, fmap_base, fmap_max):
 
 class Generator(nn.Module):
     """G(z, resolution, alpha): (m, nz) -> images, about in [-1, 1], (m, channels, resolution, resolution).
-    alpha in [0, 1]: the weight of the last block.  G(z) alone: as schedule says of the images shown so far"""
+    alpha in [0, 1]: the weight of the newest block.  G(z) alone: as schedule says of the images shown so far"""
     def __init__(self, size, channels=3, fmap_base=8192, fmap_max=512, nz=512, kimg=800.0):
         super().__init__()
         n = feature_maps(size, fmap_base, fmap_max)
         self.size, self.kimg = size, kimg
-        self.register_buffer("shown", torch.tensor(0))          # images so far: a checkpoint knows how far it is
+        self.register_buffer("shown", torch.tensor(0))          # images so far, set when a picture is made of G_ema
         # One of the 4x4 weights meets the latent in each place; fan_in counts all 16, as in the authors' code.
         self.blocks = nn.ModuleList([nn.Sequential(             # (m, nz, 1, 1) -> (m, n[0], 4, 4)
             Conv(nz, n[0], 4, padding=3), nn.LeakyReLU(0.2, True),
@@ -98,16 +98,16 @@ class Generator(nn.Module):
         last = int(log2(resolution)) - 2                        # 4x4 is block 0, 8x8 block 1, ...
         x = self.blocks[0](pixel_norm(z)[:, :, None, None])
         for k in range(1, last + 1):
-            small, x = x, self.blocks[k](x)
+            before, x = x, self.blocks[k](x)
         image = self.to_rgb[last](x)
         if alpha < 1 and last > 0:                              # Fig. 2 (b): G
-            image = (1 - alpha) * upsample(self.to_rgb[last - 1](small)) + alpha * image
+            image = (1 - alpha) * upsample(self.to_rgb[last - 1](before)) + alpha * image
         return image
 
 
 class Discriminator(nn.Module):
     """D(x, resolution, alpha): (m, channels, resolution, resolution) -> scores (m,), which depend on the minibatch.
-    alpha in [0, 1]: the weight of the first block.  D(x) alone: the resolution of x, alpha 1"""
+    alpha in [0, 1]: the weight of the newest block.  D(x) alone: the resolution of x, alpha 1"""
     def __init__(self, size, channels=3, fmap_base=8192, fmap_max=512):
         super().__init__()
         n = feature_maps(size, fmap_base, fmap_max)
@@ -146,11 +146,11 @@ def fade(x, alpha):
 
 
 def grad_norm(D, x, resolution, alpha):
-    """‖∇_x D(x)‖₂ of every image x, itself differentiable.  (m, ...) -> (m,)"""
+    """‖∇_x D(x)‖₂ of every image x, differentiable by D's weights.  (m, ...) -> (m,)"""
     x = x.detach().requires_grad_()
     # By the minibatch standard deviation an image has an effect on all scores; the authors sum them, too.
     (grad,) = torch.autograd.grad(D(x, resolution, alpha).sum(), x, create_graph=True)
-    return torch.linalg.vector_norm(grad.reshape(len(x), -1), dim=1)    # unlike sqrt(sum of squares), not nan at 0
+    return torch.linalg.vector_norm(grad.reshape(len(x), -1), dim=1)    # unlike sqrt, no nan in its gradient at 0
 
 
 # ---- Training (A.1) ----------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def train(
     images = load_images(dataset, digit, size, channels, root)
     if rank == 0 and world > 1:
         dist.barrier()
-    config["images"], config["channels"] = images.shape[:2]
+    config |= dict(images=len(images), channels=images.shape[1], processes=world)
     torch.manual_seed(seed)
     place = dict(device=device, memory_format=torch.channels_last)  # faster
     G = Generator(size, images.shape[1], fmap_base, fmap_max, nz, kimg).to(**place)
@@ -254,10 +254,10 @@ def train(
     rows = resume(out, config, states)
     shown = G_ema.shown.item()                                      # images, to D, so far
     if rank > 0:
-        torch.manual_seed(seed + (len(rows) << 8) + rank)           # other images and noise in each process
+        torch.manual_seed(seed + (len(rows) << 8) + rank)           # other images and noise in each, anew
         list(rounds(iteration, config, rows))
         return G_ema.eval(), D
-    save_images(real, out / "real.png")                             # as D sees them
+    save_images(real, out / "real.png")                             # before they are made smaller
     for row in rounds(iteration, config, rows):                     # every save_every iterations
         G_ema.shown.fill_(shown)
         _, row["resolution"], row["alpha"] = schedule(shown, size, kimg)
@@ -280,13 +280,13 @@ def average_gradients(weights):
 
 def folder(script, config):
     """Where a run's files go: OUT, or runs/SCRIPT-DATASET-DIGIT"""
-    names = Path(script).stem, Path(config["dataset"]).resolve().name, config["digit"]
+    names = Path(script).stem, Path(config["dataset"]).resolve().name, config.get("digit")
     return Path(config["out"] or "runs/" + "-".join(str(name) for name in names if name is not None))
 
 
 def resume(out, config, states):
-    """Puts the checkpoint in out, if there is one, into states.  -> the log's rows.  ValueError: other settings"""
-    config["states"] = list(states)                         # plain, as a checkpoint has it: NumPy's numbers, paths
+    """Makes config plain, and puts out's checkpoint into states.  -> the log's rows.  ValueError: other settings"""
+    config["states"] = list(states)                         # and no NumPy, no paths, for weights_only=True
     config |= json.loads(json.dumps(config, default=lambda it: getattr(it, "item", it.__str__)()))
     if not (out / "checkpoint.pt").exists():
         print(f"a new run in {out}", flush=True)
@@ -297,7 +297,7 @@ def resume(out, config, states):
         if was != now and name not in ("steps", "save_every", "keep", "graph", "device", "root", "out"):
             raise ValueError(f"{out} has {name} {was}, not {now}: name another --out")
     for name, state in states.items():
-        if name.startswith("opt"):
+        if hasattr(state, "param_groups"):                  # an optimizer
             saved[name]["param_groups"] = state.state_dict()["param_groups"]
         state.load_state_dict(saved[name])
     torch.set_rng_state(saved["random"])
@@ -308,11 +308,11 @@ def resume(out, config, states):
 
 
 def save(out, config, states, rows):
-    """The log, a line of it, and the checkpoint, whole or not at all: the run may be killed at any time"""
+    """Writes the log and, whole or not at all, since the run may be killed, the checkpoint; prints a line"""
     save_curves(rows, out)
     saved = {name: state.state_dict() for name, state in states.items()}
     for state in saved.values():
-        state.pop("param_groups", None)                     # an optimizer's lr and the like are the code's
+        state.pop("param_groups", None)                     # lr and the like are the code's, not the checkpoint's
     of_cuda = cuda.get_rng_state(config["device"]) if "cuda" in config["device"] else None
     saved |= dict(config=config, rows=rows, random=torch.get_rng_state(), random_cuda=of_cuda)
     for name in ["checkpoint", f"{rows[-1]['step']:06d}"] if config["keep"] else ["checkpoint"]:
@@ -323,10 +323,10 @@ def save(out, config, states, rows):
 
 
 def rounds(iteration, config, rows):
-    """Makes the steps that are left.  Every save_every steps it adds their mean losses to rows, and yields them"""
+    """Makes the steps that are left.  Every save_every steps it appends their means to rows, and yields them"""
     torch.backends.cudnn.benchmark = True                   # on CUDA: the fastest kernels for these shapes
     last = rows[-1] if rows else dict(step=0, seconds=0.0)
-    begin, sums = perf_counter() - last["seconds"], Counter()
+    begin, sums = perf_counter() - last["seconds"], defaultdict(float)
     for step in range(last["step"] + 1, config["steps"] + 1):
         for name, loss in iteration().items():
             sums[name] += loss.detach()                     # on the device: nothing waits for it
@@ -348,7 +348,7 @@ def load(checkpoint, network=Generator):
 
 
 def generate(out, n, seed, device, load=load):
-    """Writes n images of the run in out into out/generated: image i depends on the seed and i alone"""
+    """Writes n images of the run in out into out/generated: image i depends on seed and i alone.  MNIST's: 28x28"""
     G, noise = load(out / "checkpoint.pt").to(device), torch.Generator().manual_seed(seed)
     for i in range(n):
         x = G(torch.randn(1, G.config["nz"], generator=noise).to(device))
@@ -360,9 +360,9 @@ def generate(out, n, seed, device, load=load):
 
 def main(train, generate, argv=None):
     """The command line of train.  SystemExit: 2 and one sentence after a user's mistake, 130 after Ctrl-C"""
-    getattr(sys.stdout, "reconfigure", dict)(errors="replace")      # not every terminal has a λ
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")      # λ becomes ? where there is none
     parser = ArgumentParser(description=getmodule(train).__doc__, formatter_class=RawDescriptionHelpFormatter)
-    comments = dict(re.findall(r"^    (\w+).*?, +# (.*)$", getsource(train), re.M))
+    comments = dict(re.findall(r"^    (\w+).*?, +# (.*)$", getsource(train), re.M))     # of train's arguments
     for name, setting in signature(train).parameters.items():
         kind = setting.annotation if setting.default is None else type(setting.default)
         how = dict(action=BooleanOptionalAction) if kind is bool else dict(type=kind)
@@ -378,7 +378,7 @@ def main(train, generate, argv=None):
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "stopped; the same command goes on from the last checkpoint\n")
+        parser.exit(130, "stopped; the same command goes on from its last checkpoint\n")
 
 
 if __name__ == "__main__":

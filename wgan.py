@@ -27,7 +27,7 @@ import os
 import re
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
-from collections import Counter
+from collections import defaultdict
 from inspect import getfile, getmodule, getsource, signature
 from pathlib import Path
 from time import perf_counter
@@ -38,7 +38,7 @@ from common import batches, load_images, save_animation, save_curves, save_image
 
 # ---- Networks: 4x4 kernels, as in WGAN's code; from 4x4 pixels on every layer doubles or halves the image --------
 class Generator(nn.Sequential):
-    """G(z): latents -> images in [-1, 1].  (m, nz) -> (m, channels, size, size).  ValueError for another size"""
+    """G(z): latents -> images in [-1, 1].  (m, nz) -> (m, channels, size, size).  ValueError: wrong size"""
     def __init__(self, nz=100, channels=1, size=32, width=16):
         if size not in (16, 32, 64, 128, 256):
             raise ValueError(f"--size must be 16, 32, 64, 128 or 256, not {size}")
@@ -88,20 +88,20 @@ def train(
     steps=6000,             #           generator updates
     seed=0,                 #           of every random number but the pictures' latents
     device="cuda" if cuda.is_available() else "cpu",    #       any torch device: cpu, cuda, cuda:1, mps, ...
-    graph=False,            #           CUDA: an iteration is recorded and replayed, faster, without its prints and ifs
+    graph=False,            #           CUDA: record an iteration and replay it: faster, but its Python runs no more
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
     keep=False,             #           keep every checkpoint beside its picture: 000100.pt, 000200.pt, ...
 ):
     """Algorithm 1.  Returns G, D.  ValueError, OSError: one sentence says what is wrong"""
     config = dict(locals())
-    Generator(size=size)                                      # ValueError for such a size, before images are read
+    Generator(size=size)                                      # ValueError for a wrong size, before images are read
     torch.manual_seed(seed)
     images = load_images(dataset, digit, size, channels, root)
     config["images"], config["channels"] = images.shape[:2]
     P_r = batches(images, batch_size, device)
     G = Generator(nz, images.shape[1], size, width).to(device, memory_format=torch.channels_last)
-    D = Critic(images.shape[1], size, width).to(device, memory_format=torch.channels_last)  # faster
+    D = Critic(images.shape[1], size, width).to(device, memory_format=torch.channels_last)  # is faster
     theta, w = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))     # inputs=w: ∇_w, no more
     opt_G = torch.optim.RMSprop(theta, lr, capturable=graph)
     opt_D = torch.optim.RMSprop(w, lr, maximize=True, capturable=graph)      # line 6 adds, line 11 subtracts
@@ -146,13 +146,13 @@ def train(
 # ---- The run: the same in every script; nothing below is in the paper --------------------------------------------
 def folder(script, config):
     """Where a run's files go: OUT, or runs/SCRIPT-DATASET-DIGIT"""
-    names = Path(script).stem, Path(config["dataset"]).resolve().name, config["digit"]
+    names = Path(script).stem, Path(config["dataset"]).resolve().name, config.get("digit")
     return Path(config["out"] or "runs/" + "-".join(str(name) for name in names if name is not None))
 
 
 def resume(out, config, states):
-    """Puts the checkpoint in out, if there is one, into states.  -> the log's rows.  ValueError: other settings"""
-    config["states"] = list(states)                         # plain, as a checkpoint has it: NumPy's numbers, paths
+    """Makes config plain, and puts out's checkpoint into states.  -> the log's rows.  ValueError: other settings"""
+    config["states"] = list(states)                         # and no NumPy, no paths, for weights_only=True
     config |= json.loads(json.dumps(config, default=lambda it: getattr(it, "item", it.__str__)()))
     if not (out / "checkpoint.pt").exists():
         print(f"a new run in {out}", flush=True)
@@ -163,7 +163,7 @@ def resume(out, config, states):
         if was != now and name not in ("steps", "save_every", "keep", "graph", "device", "root", "out"):
             raise ValueError(f"{out} has {name} {was}, not {now}: name another --out")
     for name, state in states.items():
-        if name.startswith("opt"):
+        if hasattr(state, "param_groups"):                  # an optimizer
             saved[name]["param_groups"] = state.state_dict()["param_groups"]
         state.load_state_dict(saved[name])
     torch.set_rng_state(saved["random"])
@@ -174,11 +174,11 @@ def resume(out, config, states):
 
 
 def save(out, config, states, rows):
-    """The log, a line of it, and the checkpoint, whole or not at all: the run may be killed at any time"""
+    """Writes the log and, whole or not at all, since the run may be killed, the checkpoint; prints a line"""
     save_curves(rows, out)
     saved = {name: state.state_dict() for name, state in states.items()}
     for state in saved.values():
-        state.pop("param_groups", None)                     # an optimizer's lr and the like are the code's
+        state.pop("param_groups", None)                     # lr and the like are the code's, not the checkpoint's
     of_cuda = cuda.get_rng_state(config["device"]) if "cuda" in config["device"] else None
     saved |= dict(config=config, rows=rows, random=torch.get_rng_state(), random_cuda=of_cuda)
     for name in ["checkpoint", f"{rows[-1]['step']:06d}"] if config["keep"] else ["checkpoint"]:
@@ -189,11 +189,11 @@ def save(out, config, states, rows):
 
 
 def rounds(iteration, config, rows):
-    """Makes the steps that are left.  Every save_every steps it adds their mean losses to rows, and yields them"""
+    """Makes the steps that are left.  Every save_every steps it appends their means to rows, and yields them"""
     torch.backends.cudnn.benchmark = True                   # on CUDA: the fastest kernels for these shapes
     iteration = recorded(iteration, config["device"]).__next__ if config["graph"] else iteration
     last = rows[-1] if rows else dict(step=0, seconds=0.0)
-    begin, sums = perf_counter() - last["seconds"], Counter()
+    begin, sums = perf_counter() - last["seconds"], defaultdict(float)
     for step in range(last["step"] + 1, config["steps"] + 1):
         for name, loss in iteration().items():
             sums[name] += loss.detach()                     # on the device: nothing waits for it
@@ -206,8 +206,8 @@ def rounds(iteration, config, rows):
 
 
 def recorded(iteration, device):
-    """On CUDA: three iterations run, the fourth is recorded, and then that record is replayed"""
-    cuda.set_device(torch.empty(0, device=device).device)   # ValueError: not a GPU
+    """On CUDA: three iterations run to warm up, the fourth is recorded, and then that record is replayed"""
+    cuda.set_device(torch.empty(0, device=device).device)   # "cuda" is cuda:0.  ValueError: not a GPU
     graph, stream = cuda.CUDAGraph(), cuda.Stream()
     for _ in range(3):
         cuda.synchronize()
@@ -233,7 +233,7 @@ def load(checkpoint, network=Generator):
 
 
 def generate(out, n, seed, device, load=load):
-    """Writes n images of the run in out into out/generated: image i depends on the seed and i alone"""
+    """Writes n images of the run in out into out/generated: image i depends on seed and i alone.  MNIST's: 28x28"""
     G, noise = load(out / "checkpoint.pt").to(device), torch.Generator().manual_seed(seed)
     for i in range(n):
         x = G(torch.randn(1, G.config["nz"], generator=noise).to(device))
@@ -245,9 +245,9 @@ def generate(out, n, seed, device, load=load):
 
 def main(train, generate, argv=None):
     """The command line of train.  SystemExit: 2 and one sentence after a user's mistake, 130 after Ctrl-C"""
-    getattr(sys.stdout, "reconfigure", dict)(errors="replace")      # not every terminal has a λ
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")      # λ becomes ? where there is none
     parser = ArgumentParser(description=getmodule(train).__doc__, formatter_class=RawDescriptionHelpFormatter)
-    comments = dict(re.findall(r"^    (\w+).*?, +# (.*)$", getsource(train), re.M))
+    comments = dict(re.findall(r"^    (\w+).*?, +# (.*)$", getsource(train), re.M))     # of train's arguments
     for name, setting in signature(train).parameters.items():
         kind = setting.annotation if setting.default is None else type(setting.default)
         how = dict(action=BooleanOptionalAction) if kind is bool else dict(type=kind)
@@ -263,7 +263,7 @@ def main(train, generate, argv=None):
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "stopped; the same command goes on from the last checkpoint\n")
+        parser.exit(130, "stopped; the same command goes on from its last checkpoint\n")
 
 
 if __name__ == "__main__":

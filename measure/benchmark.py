@@ -42,7 +42,7 @@ import wgan_gp  # noqa: E402
 
 
 class MLPGenerator(nn.Sequential):
-    def __init__(self, nz=100, *_):
+    def __init__(self, nz=100, *_, **__):
         widths, layers = [nz, 128, 256, 512, 1024], []
         for i, o in zip(widths, widths[1:]):
             layers += [nn.Linear(i, o), nn.BatchNorm1d(o), nn.LeakyReLU(0.2)]
@@ -67,19 +67,22 @@ def patched(module=wgan_gp, **values):
             setattr(module, name, value)
 
 
+def instead(measure, script=wgan_gp, **settings):
+    """measure(iteration, config), where script.train would make its rounds; nothing is saved"""
+    results = []
+
+    def rounds(iteration, config, rows):
+        results.append(measure(iteration, config))
+        return ()
+    with patched(script, rounds=rounds, save_animation=lambda *_: None), \
+            contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as out:
+        script.train(out=out, **settings)
+    return results[0]
+
+
 def train(warm, steps, script=wgan_gp, **settings):
     """Seconds per step of script.train, after warm steps, its saving left out"""
-    original, moments = script.Run.__iter__, []
-
-    def timed(run):
-        for i, step in enumerate(original(run)):
-            if i >= warm:
-                moments.append(time.perf_counter())
-            yield step
-    with patched(script.Run, __iter__=timed), contextlib.redirect_stdout(io.StringIO()), \
-            tempfile.TemporaryDirectory() as out:
-        script.train(steps=warm + steps + 1, save_every=10**9, out=out, **settings)
-    return (moments[-1] - moments[0]) / (len(moments) - 1)
+    return instead(lambda iteration, _: seconds_of(iteration, warm, steps), script, **settings)
 
 
 def usual(rounds=5):
@@ -87,8 +90,8 @@ def usual(rounds=5):
     pairs = []
     with patched(Generator=MLPGenerator, Critic=MLPCritic, load_images=lambda *_: images):
         for _ in range(rounds):
-            theirs = usual_step("wgan_gp", (MLPGenerator(), MLPCritic()), transforms.Resize(28))
-            pairs.append((train(5, 100, device="cpu"), seconds_of(theirs, 5, 60)))
+            theirs = usual_step("wgan_gp", (MLPGenerator(), MLPCritic()), transforms.Resize(28)).__next__
+            pairs.append((train(5, 100, device="cpu"), seconds_of(theirs, 6, 60)))
             ours, theirs = pairs[-1]
             print(f"  critic updates/s: wgan_gp.py {5 / ours:.0f}, the usual way {5 / theirs:.0f}, "
                   f"ratio {theirs / ours:.2f}")
@@ -97,7 +100,7 @@ def usual(rounds=5):
 
 
 def usual_step(name, networks=None, resize=transforms.Pad(2), device="cpu", reals=None):
-    """Does a step of a script at a time, with its networks (or others) and numbers, as they are commonly written: a
+    """At every next() but the first a step of a script, with its networks (or others), as is commonly written: a
     DataLoader that transforms image by image (or other batches, reals), torch's default optimizers (not fused) and
     memory format, gradients for D's weights, too, in G's steps; with a gradient penalty G's also in D's, where
     generated images are not detached; in EBGAN the generated images encoded twice"""
@@ -108,6 +111,7 @@ def usual_step(name, networks=None, resize=transforms.Pad(2), device="cpu", real
     reals = reals or (real.to(device) for _ in itertools.count() for real, _ in loader)
     if name == "progan":
         G, D = script.Generator(32, 1, 128, 64, 64), script.Discriminator(32, 1, 128, 64)
+        G.shown.fill_(10**9)                                # so that G(z) has 32x32 pixels
         G_ema, nz, drift = copy.deepcopy(G), 64, 0.001
     else:
         second = script.Critic if name.startswith("wgan") else script.Discriminator
@@ -159,13 +163,13 @@ def usual_step(name, networks=None, resize=transforms.Pad(2), device="cpu", real
                 average.data.mul_(0.999).add_(now.data, alpha=0.001)
 
 
-def seconds_of(usual, warm, steps):
+def seconds_of(iteration, warm, steps):
     """Seconds per step, after warm steps"""
-    for _ in range(warm + 1):
-        next(usual)
+    for _ in range(warm):
+        iteration()
     began = time.perf_counter()
     for _ in range(steps):
-        next(usual)
+        iteration()
     return (time.perf_counter() - began) / steps
 
 
@@ -176,14 +180,14 @@ def settings_of(name):
 
 def flops_of(script, settings, at=10):
     """Floating-point operations of step at; by step 10 progan.py has grown, with settings_of it"""
-    original, counter = script.Run.__iter__, Flops()
+    counter = Flops()
 
-    def counted(run):
-        for step in original(run):
-            with counter if step == at else contextlib.nullcontext():
-                yield step
-    with patched(script.Run, __iter__=counted):
-        train(0, at, script, device="cpu", **settings)
+    def counted(iteration, _):
+        for _ in range(1, at):
+            iteration()
+        with counter:
+            iteration()
+    instead(counted, script, device="cpu", **settings)
     return counter.count
 
 
@@ -205,7 +209,7 @@ def scripts(rounds=5, steps=20):
         for _ in range(rounds):
             rate = matrix_rate()
             ours = train(20, steps, script, device="cpu", **settings)
-            pairs.append((ours, seconds_of(usual_step(name), 20, steps)))
+            pairs.append((ours, seconds_of(usual_step(name).__next__, 21, steps)))
             shares.append(flops / ours / ((rate + matrix_rate()) / 2))
         ours, theirs = (median(each) for each in zip(*pairs))
         ratios = [theirs / ours for ours, theirs in pairs]
@@ -256,17 +260,12 @@ def matrix(rounds=5):
 def profile(warm=10, steps=10):
     for name in ("wgan", "wgan_gp", "lsgan", "ebgan", "progan"):
         script, profiler = importlib.import_module(name), torch.profiler.profile(activities=[ProfilerActivity.CPU])
-        original = script.Run.__iter__
 
-        def profiled(run):
-            for done, step in enumerate(original(run)):
-                if done == warm:
-                    profiler.start()
-                if done == warm + steps:
-                    profiler.stop()
-                yield step
-        with patched(script.Run, __iter__=profiled):
-            train(0, warm + steps, script, device="cpu", **settings_of(name))
+        def profiled(iteration, _):
+            seconds_of(iteration, 0, warm)
+            with profiler:
+                seconds_of(iteration, 0, steps)
+        instead(profiled, script, device="cpu", **settings_of(name))
         events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
         total = sum(event.self_cpu_time_total for event in events)
         print(f"profile: {name}: {total / 1000 / steps:.0f} ms a step: " + ", ".join(
@@ -280,14 +279,16 @@ def resident():
 
 
 def memory(early=10, late=1000):
-    original, sizes = wgan_gp.Run.__iter__, {}
+    original, sizes, steps = wgan_gp.rounds, {}, itertools.count(1)
 
-    def watched(run):
-        for step in original(run):
-            if step in (early, late):
+    def watched(iteration, *others):
+        def counted():
+            losses = iteration()
+            if (step := next(steps)) in (early, late):
                 sizes[step] = resident()
-            yield step
-    with patched(wgan_gp.Run, __iter__=watched), tempfile.TemporaryDirectory() as out:
+            return losses
+        return original(counted, *others)
+    with patched(rounds=watched), tempfile.TemporaryDirectory() as out:
         wgan_gp.train(digit=7, steps=late + 1, device="cpu", out=out)
     for step, (now, peak) in sizes.items():
         print(f"  step {step}: {now:.0f} MiB, peak {peak:.0f} MiB")
@@ -297,42 +298,31 @@ def memory(early=10, late=1000):
 
 def grown(size, kimg, growing):
     """Seconds of training for the images of a whole schedule, and their number; feature maps: table 2's / 8"""
-    original, began = progan.Run.__iter__, []
-
-    def timed(run):
-        for step in original(run):
-            began.append(time.perf_counter())
-            yield step
-        began.append(time.perf_counter())
-    schedule = progan.schedule if growing else lambda *_: (size, 1.0)
-    with patched(progan, schedule=schedule), patched(progan.Run, __iter__=timed), \
-            contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as out:
-        progan.train(digit=7, size=size, channels=3, kimg=kimg, fmap_base=1024, fmap_max=64, save_every=10**9,
-                     out=out, device="cpu")
-    return began[-1] - began[0], (len(began) - 1) * 16
+    def whole(iteration, config):
+        return config["steps"] * seconds_of(iteration, 0, config["steps"]), config["steps"] * 16
+    with patched(progan, schedule=progan.schedule if growing else lambda *_: (0, size, 1.0)):
+        return instead(whole, progan, digit=7, size=size, channels=3, kimg=kimg, fmap_base=1024, fmap_max=64,
+                       device="cpu")
 
 
 def operations(size):
     """Operations per image in every phase of table 2's networks, on tensors without memory; the last phase last"""
-    counts, length = [], 100
-
-    def phases(run):
+    def phases(iteration, _):
+        counts = []
         for phase in range(2 * size.bit_length() - 5):
-            run.shown, counter = phase * length + length // 2, Flops()
-            with counter:
-                yield phase
+            place = phase, 4 << (phase + 1) // 2, 0.5 if phase % 2 else 1.0
+            with patched(progan, schedule=lambda *_: place), Flops() as counter:
+                iteration()
             counts.append(counter.count / 2)
+        return counts
 
     def nothing(images, m, device):
         return itertools.repeat(torch.empty(m, *images.shape[1:], device=device))
     images = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-    with patched(progan.Run, __iter__=phases), \
-            patched(progan, batches=nothing, save_images=lambda *_: None,
-                    load_images=lambda *_, **__: images, find_device=lambda _: torch.device("meta")), \
-            patched(torch.optim, Adam=lambda weights, *_, **__: torch.optim.SGD(weights, 0.1)), \
-            contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as out:
-        progan.train(size=size, channels=3, kimg=length / 1000, batch_size=2, out=out)
-    return counts
+    with patched(progan, batches=nothing, save_images=lambda *_: None, load_images=lambda *_: images), \
+            patched(torch.Tensor, item=lambda _: 0), \
+            patched(torch.optim, Adam=lambda weights, *_, **__: torch.optim.SGD(weights, 0.1)):
+        return instead(phases, progan, size=size, channels=3, batch_size=2, device="meta")
 
 
 def growing(rounds=3):
@@ -355,21 +345,14 @@ def growing(rounds=3):
 
 def large():
     job = f"""
-import sys, time
+import sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
 import benchmark, progan, torch
 size, m = map(int, sys.argv[1:])
-progan.schedule = lambda *_: (size, 0.5)                    # a fade: both paths
-progan.load_images = lambda *_, **__: torch.randint(256, (m, 3, size, size), dtype=torch.uint8)
-original = progan.Run.__iter__
-def timed(run):
-    for step in original(run):
-        began = time.perf_counter()
-        yield step
-        seconds, peak = time.perf_counter() - began, benchmark.resident()[1]
-        print(f"step of {{m}} images: {{seconds:.1f}} s, peak {{peak:.0f}} MiB")
-progan.Run.__iter__ = timed
-progan.train(size=size, channels=3, steps=1, batch_size=m, out="run", device="cpu")
+progan.schedule = lambda *_: (0, size, 0.5)                 # a fade: both paths
+progan.load_images = lambda *_: torch.randint(256, (m, 3, size, size), dtype=torch.uint8)
+seconds = benchmark.train(0, 1, progan, size=size, channels=3, batch_size=m, device="cpu")
+print(f"step of {{m}} images: {{seconds:.1f}} s, peak {{benchmark.resident()[1]:.0f}} MiB")
 """
     for size, m in ((256, 3), (512, 2), (1024, 1)):
         with tempfile.TemporaryDirectory() as folder:
@@ -399,7 +382,6 @@ if __name__ == "__main__":
             subprocess.run([sys.executable, __file__, name], check=True)
         sys.exit()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA"
-    with common.in_one_sentence("benchmark"):
-        print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-              f"Python {platform.python_version()}, torch {torch.__version__}, {gpu}", flush=True)
-        modes[names[0]]()
+    print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+          f"Python {platform.python_version()}, torch {torch.__version__}, {gpu}", flush=True)
+    modes[names[0]]()

@@ -1,11 +1,11 @@
 """The measurements of docs/claims.md
 
     python measure/claims.py train [NAME...]   the runs that the claims need: two at a time, with one thread each
-    python measure/claims.py 1 2 ... 17        the figures of a claim, and its plot in docs/; without numbers: of all
+    python measure/claims.py 1 2 ... 17        the figures of a claim, and its plot in docs/; without numbers: all
     python measure/claims.py pictures          samples of the scripts, docs/samples-SCRIPT.png
 
-The runs take about nine hours on two cores; stopped, they go on where they were. One thread each makes their figures
-the same on every machine of a kind, all but the minutes. The plots need matplotlib.
+The runs take about nine hours on two cores; stopped, they go on where they were. One thread each makes their
+figures the same on every machine of a kind, all but the minutes. The plots need matplotlib.
 """
 import csv
 import functools
@@ -49,8 +49,7 @@ class Run(NamedTuple):
     edits: dict = {}        # old line: new line. A changed copy of the script is trained: RUNS/NAME/SCRIPT.py
 
 
-RMSPROP = ("    opt_D = torch.optim.RMSprop(w, lr, maximize=True, capturable=not config.eager)"
-           "  # line 6 adds, line 11 subtracts")
+RMSPROP = "    opt_D = torch.optim.RMSprop(w, lr, maximize=True, capturable=graph)"
 JOBS = {
     "wgan": Run("wgan", 6000, 500),
     "wgan_gp": Run("wgan_gp", 4000, 500),
@@ -63,27 +62,28 @@ JOBS = {
     "ls_gan": Run("related/ls_gan", 6000, 1000),
     # 7
     "wgan_gp-rmsprop": Run("wgan_gp", 2000, 500, seeds=(0,), edits={
-        f"    opt_{name} = torch.optim.Adam({weights}, lr, (beta1, beta2), fused=True, capturable=not config.eager)":
-        f"    opt_{name} = torch.optim.RMSprop({weights}, 5e-5, capturable=not config.eager)"
+        f"    opt_{name} = torch.optim.Adam({weights}, lr, (beta1, beta2), fused=True, capturable=graph)":
+        f"    opt_{name} = torch.optim.RMSprop({weights}, 5e-5, capturable=graph)"
         for name, weights in (("G", "theta"), ("D", "w"))}),
     # 8
     "ebgan-without-pt": Run("ebgan", 6000, 1000, "--pt 0"),
     "ebgan-margin-1": Run("ebgan", 6000, 1000, "--margin 1", (0,)),
     "ebgan-margin-30": Run("ebgan", 6000, 1000, "--margin 30", (0,)),
-    "ebgan-pretrain": Run("ebgan", 6500, 500, "--eager", (0,), {         # 500 steps of D by real images alone
-        "        L_D = D_x + (margin - D_x_tilde).relu()":
-        "        L_D = D_x + (margin - D_x_tilde).relu() * (step > 500)",
+    "ebgan-pretrain": Run("ebgan", 6500, 500, "", (0,), {                # 500 steps of D by real images alone
+        "        L_D = E_x + (margin - E_x_tilde).relu()":
+        "        step = opt_D.state[w[0]].get('step', 0) + 1         # a checkpoint keeps it\n"
+        "        L_D = E_x + (margin - E_x_tilde).relu() * (step > 500)",
         "        opt_G.step()":
         "        if step > 500:\n"
         "            opt_G.step()"}),
     # 9
     "progan-longer": Run("progan", 8750, 1250, LONGER),
     "progan-without-growing": Run("progan", 8750, 1250, LONGER, (0,), {
-        "    return 4 << (phase + 1) // 2, shown / length if phase % 2 == 1 else 1.0": "    return size, 1.0"}),
+        "    return phase, 4 * 2 ** ((phase + 1) // 2), alpha": "    return 0, size, 1.0"}),
     "progan-without-stddev": Run("progan", 8750, 1250, LONGER, (0,), {
-        "    std = (x.var(0, correction=0) + 1e-8).sqrt().mean()": "    std = x.new_zeros(())"}),
+        "        std = (x.var(0, correction=0) + 1e-8).sqrt().mean()": "        std = x.new_zeros(())"}),
     "progan-without-pixel-norm": Run("progan", 8750, 1250, LONGER, (0,), {
-        "    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)": "    return x"}),
+        "        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)": "        return x"}),
     "progan-without-equalised-lr": Run("progan", 8750, 1250, LONGER + " --lr 0.0001", (0,), {     # the authors' lr
         "        self.weight = nn.Parameter(torch.randn(n_out, n_in, kernel, kernel))":
         "        self.weight = nn.Parameter(torch.randn(n_out, n_in, kernel, kernel)\n"
@@ -92,9 +92,9 @@ JOBS = {
         "        self.scale, self.padding = 1.0, padding"}),
     # 10
     "wgan-adam-0.9": Run("wgan", 3000, 500, edits={
-        RMSPROP: "    opt_D = torch.optim.Adam(w, lr, (0.9, 0.99), maximize=True, capturable=not config.eager)"}),
+        RMSPROP: "    opt_D = torch.optim.Adam(w, lr, (0.9, 0.99), maximize=True, capturable=graph)"}),
     "wgan-adam-0": Run("wgan", 3000, 500, edits={
-        RMSPROP: "    opt_D = torch.optim.Adam(w, lr, (0.0, 0.99), maximize=True, capturable=not config.eager)"}),
+        RMSPROP: "    opt_D = torch.optim.Adam(w, lr, (0.0, 0.99), maximize=True, capturable=graph)"}),
     # 11
     "wgan-n_critic-1": Run("wgan", 6000, 500, "--n-critic 1"),
     "wgan-n_critic-20": Run("wgan", 1500, 125, "--n-critic 20"),
@@ -105,8 +105,8 @@ JOBS = {
     # 14
     "ctgan-1000": Run("related/ctgan", 4000, 500, "--examples 1000", (0,)),
     "wgan_gp-1000": Run("wgan_gp", 4000, 500, "--lr 0.0002 --batch-size 50", (0,), {
-        "    images = resident(load_images(dataset, digit, size, root, channels), device)":
-        "    images = resident(load_images(dataset, digit, size, root, channels)[:1000], device)"}),
+        "    images = load_images(dataset, digit, size, channels, root)":
+        "    images = load_images(dataset, digit, size, channels, root)[:1000]"}),
     # 15
     "dragan-without-penalty": Run("related/dragan", 3000, 1000, "--lam 0"),
     # 16
@@ -122,16 +122,18 @@ def script_of(name):
     job, script = JOBS[name], PROJECT / f"{JOBS[name].script}.py"
     if not job.edits:
         return script
-    text = script.read_text(encoding="utf-8")
+    lines = script.read_text(encoding="utf-8").splitlines()
     for old, new in job.edits.items():
-        if text.count(old + "\n") != 1:
+        code = [line.split("  #")[0].rstrip() for line in lines]
+        if code.count(old) != 1:
             raise ValueError(f"{script.name} has no longer exactly one line {old!r}")
-        text = text.replace(old + "\n", new + "\n")
-    for file, content in ((script.name, text), ("common.py", (PROJECT / "common.py").read_text(encoding="utf-8"))):
+        lines[code.index(old)] = new
+    files = {script.name: "\n".join([*lines, ""]), "common.py": (PROJECT / "common.py").read_text(encoding="utf-8")}
+    for file, content in files.items():
         copy = RUNS / name / file
-        if not copy.exists() or copy.read_bytes() != content.encode():      # else another run may be reading it
-            with common.replacing(copy) as new:
-                new.write(content.encode())
+        if not copy.exists() or copy.read_text(encoding="utf-8") != content:        # else a run may be reading it
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(content, encoding="utf-8")
     return RUNS / name / script.name
 
 
@@ -150,7 +152,7 @@ def train(name, seed):
                        stdout=subprocess.DEVNULL,
                        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)})
         if not last.exists():
-            raise ValueError(f"{last} was not written: see above, or, if the run is beyond it, remove {last.parent}")
+            raise ValueError(f"{last} was not written: see above, or if the run is beyond it remove {last.parent}")
     print(f"{name} {seed}: {job.steps} steps are done", flush=True)
 
 
@@ -180,25 +182,25 @@ def opened(name, seed, step=None):
     script, path = module(name), kept(name, seed, step)
     if not path.exists():
         raise ValueError(f"{path} is not there: python measure/claims.py train {name}")
-    return script, script.load(path), script.read(path)
+    return script, script.load(path), torch.load(path, map_location="cpu", weights_only=True)
 
 
 def sampled(name, seed, step=None, average=True):
-    """Images of a kept checkpoint, and the checkpoint; average=False: of ProGAN's G itself, not its moving average"""
+    """Images of a kept checkpoint, and the checkpoint; average=False: of ProGAN's G itself, not of its average"""
     _, G, saved = opened(name, seed, step)
-    if not average:
-        G.load_state_dict(saved["G"])
-    return evaluate.sample(G, saved["settings"]["nz"], IMAGES), saved
+    if not average:                                         # whose resolution is that of the average
+        G.load_state_dict(saved["G"] | {"shown": saved["G_ema"]["shown"]})
+    return evaluate.sample(G, saved["config"]["nz"], IMAGES), saved
 
 
 @functools.cache
 def judged(*run):
     """measure/evaluate.py's figures of sampled(*run), its log's means over the last 1,000 steps, and its seconds"""
     images, saved = sampled(*run)
-    step, seconds, rows, *_ = saved["run"]
-    recent = [row for row in rows if row["step"] > step - 1000]
+    rows = saved["rows"]
+    recent = [row for row in rows if row["step"] > rows[-1]["step"] - 1000]
     means = {column: mean(row[column] for row in recent) for column in rows[0]}
-    return means | evaluate.judge(images, mnist()) | {"seconds": seconds}
+    return means | evaluate.judge(images, mnist()) | {"seconds": rows[-1]["seconds"]}
 
 
 @functools.cache
@@ -253,7 +255,7 @@ def along(number, shown, *jobs):
         steps = range(JOBS[name].every, JOBS[name].steps + 1, JOBS[name].every)
         for seed in JOBS[name].seeds:
             distances, checkpoints = zip(*(distance(name, seed, step) for step in steps))
-            minutes = [each["run"][1] / 60 for each in checkpoints]
+            minutes = [each["rows"][-1]["seconds"] / 60 for each in checkpoints]
             for axes, where in ((left, list(steps)), (right, minutes)):
                 axes.plot(where, distances, "o-", markersize=3, color=colour,
                           label=name if seed == 0 else None)
@@ -437,8 +439,7 @@ def claim_4():
         steps = range(every, JOBS[name].steps + 1, every)
         for seed in JOBS[name].seeds:
             distances, checkpoints = zip(*(distance(name, seed, step) for step in steps))
-            _, _, log, _ = checkpoints[-1]["run"]
-            losses = [mean(row[column] for row in log if step - every < row["step"] <= step)
+            losses = [mean(row[column] for row in checkpoints[-1]["rows"] if step - every < row["step"] <= step)
                       for step in steps]                    # the mean over the steps since the last place
             ranks.append(rank_correlation(losses, distances))
             powers.append(torch.corrcoef(torch.tensor([losses, distances]).log())[0, 1].item())
@@ -585,7 +586,7 @@ def draw(file, *runs):
     images = []
     for name, n in runs:
         _, G, saved = opened(name, 0)
-        drawn = evaluate.sample(G, saved["settings"]["nz"], n)
+        drawn = evaluate.sample(G, saved["config"]["nz"], n)
         images.append(evaluate.as_the_data_set(drawn))
     to_pil_image(make_grid(torch.cat(images), nrow=24, padding=0)[:1]).save(PROJECT / "docs" / f"{file}.png")
 
@@ -613,5 +614,4 @@ def main(words):
 
 
 if __name__ == "__main__":
-    with common.in_one_sentence("claims"):
-        main(sys.argv[1:])
+    main(sys.argv[1:])

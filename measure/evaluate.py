@@ -13,7 +13,7 @@ classifier, which is trained once, in a few minutes, and kept beside the data se
     precision   share of generated images that lie among real ones: not farther from one of them than its third
                 nearest real one is; of 2,000 images of each
     recall      share of real images that lie among generated ones (both: Kynkäänniemi et al. 2019)
-    score       inception score (Salimans et al. 2016), by the small classifier: 1 to 10, for clear and various classes
+    score       inception score (Salimans et al. 2016), by the classifier: 1 to 10, for clear and various classes
     entropy     of the classes that the classifier sees, in bits; ten equally frequent ones have 3.32
     copies      share of generated images (of 1,000) whose nearest training image is less than half as far as that
                 image's own nearest neighbour in the training set, pixel by pixel
@@ -24,9 +24,9 @@ Runs that differ only in --seed are one line more, mean ± standard deviation. F
 images and one classifier: another machine, or another version of this file, trains another one.
 """
 import argparse
-import contextlib
 import importlib
 import inspect
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -40,9 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 from swd import side_of, swd  # noqa: E402
 
-SCRIPTS = ("wgan", "wgan_gp", "lsgan", "ebgan", "progan",
-           "related.sngan", "related.dragan", "related.ctgan", "related.ls_gan",
-           "related.improved_gan")
+GREY = ("mnist", "fashion-mnist")
 
 
 # ---- The classifier ----------------------------------------------------------------------------------------------
@@ -78,16 +76,14 @@ def fit(images, labels, epochs=3):
 def kept(path, images, labels):
     """The classifier in the file path, which is trained and written if it is not there or made in another way"""
     recipe = inspect.getsource(Classifier) + inspect.getsource(fit)
-    with contextlib.suppress(Exception):                        # whatever is wrong with the file: made anew
-        saved = torch.load(path, weights_only=True)
-        if saved["recipe"] == recipe:
-            classifier = Classifier()
-            classifier.load_state_dict(saved["classifier"])
-            return classifier.eval().requires_grad_(False)
+    if path.exists() and (saved := torch.load(path, weights_only=True))["recipe"] == recipe:
+        classifier = Classifier()
+        classifier.load_state_dict(saved["classifier"])
+        return classifier.eval().requires_grad_(False)
     print(f"training the classifier {path}, once ...", flush=True)
     classifier = fit(images, labels)
-    with common.replacing(path) as file:
-        torch.save(dict(recipe=recipe, classifier=classifier.state_dict()), file)
+    torch.save(dict(recipe=recipe, classifier=classifier.state_dict()), f"{path}.{os.getpid()}")
+    os.replace(f"{path}.{os.getpid()}", path)
     return classifier
 
 
@@ -159,12 +155,10 @@ class Reference(NamedTuple):
 def reference(dataset, digit=None, root=None):
     """The images of "mnist" or "fashion-mnist", of one class if digit is given, and the classifier of all.
     ValueError for anything else"""
-    if common.channels_of(dataset) != 1:
-        raise ValueError(f"the classifier is for mnist and fashion-mnist, not for {dataset}")
-    if digit is not None and not 0 <= digit <= 9:
-        raise ValueError(f"--digit must be one of the classes 0 to 9 of {dataset}, not {digit}")
+    if dataset not in GREY:
+        raise ValueError(f"the classifier is for {' and '.join(GREY)}, not for {dataset}")
     root = Path(root or common.ROOT)
-    (training, labels), (test, answers) = (common.read_set(dataset, root, train) for train in (True, False))
+    (training, labels), (test, answers) = (common.load_set(dataset, root, train) for train in (True, False))
     classifier = kept(root / f"classifier-{dataset}.pt", training, labels)
     features = features_of(classifier, test)
     accuracy = (classifier.scores(features).argmax(1) == answers).double().mean().item()
@@ -209,22 +203,20 @@ def as_the_data_set(images):
 def sample(G, nz, n, seed=0):
     """The images that --generate N --seed SEED writes, border and all.  -> uint8 (n, C, s, s)"""
     noise, parts = torch.Generator().manual_seed(seed), []
-    for first in range(0, n, 64):
-        x = G(torch.randn(64, nz, generator=noise))[:n - first]
+    z = torch.cat([torch.randn(1, nz, generator=noise) for _ in range(n)])      # one by one, as there
+    for x in map(G, z.split(64)):
         parts.append(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
     return torch.cat(parts)
 
 
 def opened(run):
-    """The script and the checkpoint of a run folder or a kept file; (None, None) for a folder of images.
-    ValueError for anything else"""
-    if not Path(run).is_file() and not Path(run, "checkpoint.pt").exists():
+    """The generator and the checkpoint of a run folder or a kept file; (None, None) for a folder of images"""
+    path = Path(run, "checkpoint.pt") if Path(run).is_dir() else Path(run)
+    if not path.exists():
         return None, None
-    for name in SCRIPTS:
-        script = importlib.import_module(name)
-        with contextlib.suppress(ValueError):                   # of another script
-            return script, script.read(run)
-    raise ValueError(f"the checkpoint {run} is damaged, or of none of the scripts {', '.join(SCRIPTS)}")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    name = "progan" if "G_ema" in saved else "related.improved_gan" if "vbn" in saved["config"] else "wgan_gp"
+    return importlib.import_module(name).load(path), saved      # all but these two have the generator of wgan_gp
 
 
 def shown(name, figures):
@@ -240,39 +232,41 @@ def spread(values):
                       for each, digits in ((values.mean(), 3), (values.std(), 2)))
 
 
-@common.in_one_sentence("evaluate")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, kept checkpoint, or folder of images")
     parser.add_argument("--dataset", help="what to compare with: mnist, fashion-mnist, or a folder of photographs "
-                        "(default: the run's, but folders must be named; for folders of images: mnist)")
-    parser.add_argument("--digit", type=int, help="only this class (default: what the run was trained with)")
+                        "(default: the run's; for folders of images: mnist)")
+    parser.add_argument("--digit", type=int, choices=range(10),
+                        help="only this class (default: what the run was trained with)")
     parser.add_argument("--images", type=int, default=5000, help="of each run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the latents (default: %(default)s)")
     parser.add_argument("--root", help="where data sets and classifiers are kept (default: data/ of the project)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)                                    # equal figures, whatever the number of cores
-    compare(args)
+    try:
+        compare(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{error}\n")
 
 
 def compare(args):
     """Judges args.runs and prints a line for each"""
-    if args.images < 2:
-        raise ValueError(f"--images must be at least 2, not {args.images}")
     last, to, groups = None, None, {}
     for run in args.runs:
-        script, saved = opened(run)
-        settings = saved["settings"] if saved else {}
-        dataset = args.dataset or settings.get("dataset", "mnist")
-        digit = settings.get("digit") if args.digit is None and dataset == settings.get("dataset") else args.digit
+        G, saved = opened(run)
+        config = saved["config"] if saved else {}
+        dataset = args.dataset or config.get("dataset", "mnist")
+        digit = config.get("digit") if args.digit is None and dataset == config.get("dataset") else args.digit
         if saved:
-            images = sample(script.load(run), settings["nz"], args.images, args.seed)
-            name = f"{run} ({saved['run'][0]:,} steps)"
+            images = sample(G, config["nz"], args.images, args.seed)
+            name = f"{run} ({saved['rows'][-1]['step']:,} steps)"
         else:
-            channels = common.channels_of(dataset)
-            images, name = common.load_images(str(run), size=side_of(run) or 28, channels=channels), run
+            channels, name = 1 if dataset in GREY else 3, run
+            images = common.load_images(run, size=side_of(run) or 28, channels=channels, root=args.root)
         if dataset not in common.DATASETS:
-            distances = swd(common.load_images(dataset, size=images.shape[-1], channels=images.shape[1]), images)
+            real = common.load_images(dataset, size=images.shape[-1], channels=images.shape[1], root=args.root)
+            distances = swd(real, images)
             levels = ", ".join(f"{level}x{level}: {1000 * each:.2f}" for level, each in distances.items())
             print(f"{name}: sliced Wasserstein distance x 1000, {levels}, "
                   f"average: {1000 * sum(distances.values()) / len(distances):.2f}", flush=True)
@@ -287,14 +281,15 @@ def compare(args):
                   f"{'copies':>7}   classes 0 to 9 in percent")
             print(shown(f"{len(floor):,} training images", judge(floor, to, copied=to.test)), flush=True)
         figures = judge(images, to)
-        print(shown(str(name), figures), flush=True)
+        print(shown(name, figures), flush=True)
         if saved:
-            same = sorted((settings | {"seed": None}).items())
-            groups.setdefault((script, str(same), saved["run"][0]), []).append((run, figures))
+            same = config.keys() - {"seed", "steps", "save_every", "keep", "graph", "device", "root", "out"}
+            key = str([(setting, config[setting]) for setting in sorted(same)]), name.removeprefix(run)
+            groups.setdefault(key, []).append((run, figures))
     for runs, several in (zip(*group) for group in groups.values() if len(group) > 1):
         figures = ", ".join(f"{key} {spread([each[key] for each in several])}"
                             for key in several[0] if key != "classes")
-        print(f"{' '.join(map(str, runs))}: {len(runs)} seeds: {figures}")
+        print(f"{' '.join(runs)}: {len(runs)} seeds: {figures}")
 
 
 if __name__ == "__main__":

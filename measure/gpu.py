@@ -5,9 +5,9 @@ Without a name, all of them:
 tests     the tests marked cuda
 kernels   three steps of the five on the CPU and on CUDA with the same noise, TF32 off and on: the distance of the
           weights from one another, as a share of the way they went
-recorded  12 steps, eager and recorded, TF32 off and on: the same share, and whether all is equal to the bit
+recorded  12 steps, eager and with --graph, TF32 off and on: the same share, and whether all is equal to the bit
 speed     milliseconds per step, medians of rounds by turns: the usual way, the usual way with images on the GPU,
-          --eager, recorded; the share of the time in which the GPU waits; also with multilayer perceptrons
+          eager, --graph; the share of the time in which the GPU waits; also with multilayer perceptrons
 shelf     milliseconds per step of the scripts in related/
 large     progan.py: milliseconds per step, images per second, and memory, with table 2's networks in a fade
 runs      the README's commands for one digit: seconds
@@ -57,7 +57,7 @@ def tiny(name, **settings):
     known = inspect.signature(script.train).parameters
     with silent() as out:
         script.train(out=out, **{key: it for key, it in small.items() if key in known})
-        return script.read(out)
+        return torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
 
 
 @contextlib.contextmanager
@@ -95,52 +95,47 @@ def share(a, b, start):
 
 def equal(a, b):
     """Whether the networks, the logs but for their seconds, and the random states are equal to the bit"""
-    rows = [[{key: it for key, it in row.items() if key != "seconds"} for row in each["run"][2]] for each in (a, b)]
+    rows = [[{key: it for key, it in row.items() if key != "seconds"} for row in each["rows"]] for each in (a, b)]
     return rows[0] == rows[1] and all(
         torch.equal(x, y) for part in "GD" for x, y in zip(a[part].values(), b[part].values())) and all(
-        torch.equal(x, y) for x, y in zip(a["run"][-1], b["run"][-1]))
+        torch.equal(a[key], b[key]) for key in ("random", "random_cuda"))
 
 
 def timed(script, n, networks=None, **settings):
     """Milliseconds per step on CUDA of n steps after n others, saving left out"""
     moments = []
 
-    def save(_):
-        torch.cuda.synchronize()
-        moments.append(time.perf_counter())
-    with benchmark.patched(script.Run, save=save), benchmark.patched(script, **networks or {}), silent() as out:
+    def save(out, config, states, rows):                    # rounds has waited for the losses
+        moments.append(rows[-1]["seconds"])
+    nothing = dict.fromkeys(["save_images", "save_animation"], lambda *_: None)
+    with benchmark.patched(script, save=save, **nothing, **networks or {}), silent() as out:
         script.train(steps=2 * n, save_every=n, out=out, device="cuda", **settings)
     return 1000 * (moments[1] - moments[0]) / n
 
 
 def usual(n, *args, **kwargs):
     """Milliseconds per step of the usual way on CUDA, of n steps after 5 others"""
-    steps = benchmark.usual_step(*args, device="cuda", **kwargs)
-    for _ in range(6):                                      # the first one only begins
-        next(steps)
+    step = benchmark.usual_step(*args, device="cuda", **kwargs).__next__
+    benchmark.seconds_of(step, 0, 6)                        # the first one only begins
     torch.cuda.synchronize()
     began = time.perf_counter()
-    for _ in range(n):
-        next(steps)
+    benchmark.seconds_of(step, 0, n)
     torch.cuda.synchronize()
     return 1000 * (time.perf_counter() - began) / n
 
 
 def busy(script, warm=10, steps=10, **settings):
     """Milliseconds per step in which one of the GPU's kernels runs"""
-    original, profiler = script.Run.__iter__, torch.profiler.profile(activities=[ProfilerActivity.CUDA])
+    profiler = torch.profiler.profile(activities=[ProfilerActivity.CUDA])
 
-    def profiled(run):
-        for done, step in enumerate(original(run)):
-            if done == warm:
-                torch.cuda.synchronize()
-                profiler.start()
-            if done == warm + steps:
-                torch.cuda.synchronize()
-                profiler.stop()
-            yield step
-    with benchmark.patched(script.Run, __iter__=profiled, save=lambda _: None), silent() as out:
-        script.train(steps=warm + steps + 1, out=out, device="cuda", eager=True, **settings)
+    def profiled(iteration, _):
+        torch.backends.cudnn.benchmark = True               # as rounds sets it
+        benchmark.seconds_of(iteration, 0, warm)
+        torch.cuda.synchronize()
+        with profiler:
+            benchmark.seconds_of(iteration, 0, steps)
+            torch.cuda.synchronize()
+    benchmark.instead(profiled, script, device="cuda", **settings)
     kernels = (event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
     return sum(event.time_range.elapsed_us() for event in kernels) / 1000 / steps
 
@@ -156,7 +151,7 @@ def tests():
 
 def kernels():
     for name in (*FOUR, "progan"):
-        on_cuda = dict(steps=3, device="cuda", eager=True)
+        on_cuda = dict(steps=3, device="cuda")
         with same_noise():
             start, cpu = tiny(name, steps=1, lr=0.0, device="cpu"), tiny(name, steps=3, device="cpu")
             with exact():
@@ -169,12 +164,12 @@ def recorded():
         start = tiny(name, steps=1, lr=0.0, device="cuda")
         for how, context in (("exact", exact), ("as usual", contextlib.nullcontext)):
             with context():
-                a, b = (tiny(name, steps=12, save_every=1, device="cuda", eager=eager) for eager in (True, False))
+                a, b = (tiny(name, steps=12, save_every=1, device="cuda", graph=graph) for graph in (False, True))
             say(f"{name}, {how}: {share(a, b, start)}, {'equal' if equal(a, b) else 'not equal'} to the bit")
 
 
 def speed(rounds=3):
-    say("script, width | the usual way | with resident images | eager | recorded | GPU waits: eager, rec. | MiB")
+    say("script, width | the usual way | with resident images | eager | --graph | GPU waits: eager, graph | MiB")
     mlp = dict(Generator=benchmark.MLPGenerator, Critic=benchmark.MLPCritic)
     cases = [(name, width) for width in (16, 64) for name in FOUR] + [("wgan_gp", "MLP")]
     for name, width in cases:
@@ -192,8 +187,8 @@ def speed(rounds=3):
             times.append((
                 usual(15, name, pairs[0], resize),
                 usual(30, name, pairs[1], resize, reals=common.batches(pixels, 64, "cuda")),
-                *(timed(script, n, networks | dict(load_images=lambda *_: pixels), eager=eager, **settings)
-                  for eager, n in ((True, 60), (False, 400)))))
+                *(timed(script, n, networks | dict(load_images=lambda *_: pixels), graph=graph, **settings)
+                  for graph, n in ((False, 60), (True, 400)))))
         a, b, eager, fast = (median(column) for column in zip(*times))
         waits = "not measured"
         if not networks:
@@ -206,8 +201,8 @@ def speed(rounds=3):
 
 def shelf():
     for name in SHELF:
-        eager, fast = (timed(importlib.import_module(name), n, eager=it) for it, n in ((True, 60), (False, 300)))
-        say(f"{name}: {eager:.2f} ms eager, {fast:.2f} recorded")
+        eager, fast = (timed(importlib.import_module(name), n, graph=it) for it, n in ((False, 60), (True, 300)))
+        say(f"{name}: {eager:.2f} ms eager, {fast:.2f} with --graph")
 
 
 def large():
@@ -217,7 +212,7 @@ def large():
     for size, m in ((128, 16), (256, 14), (1024, 3)):
         images = torch.randint(256, (4 * m, 3, size, size), dtype=torch.uint8)
         torch.cuda.reset_peak_memory_stats()
-        ms = timed(progan, 20, dict(schedule=lambda *_: (size, 0.5), load_images=lambda *_, **__: images),
+        ms = timed(progan, 20, dict(schedule=lambda *_: (0, size, 0.5), load_images=lambda *_: images),
                    size=size, channels=3, batch_size=m)
         say(f"progan {size}x{size}, {m} images: {ms:.1f} ms a step, {1000 * m / ms:.0f} images/s, "
             f"{torch.cuda.max_memory_allocated() >> 20} MiB")

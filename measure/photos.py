@@ -27,21 +27,20 @@ def sharpness(x):
 
 
 @torch.no_grad()
-@common.in_one_sentence("photos")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("photos")
     parser.add_argument("--picture", help="write it there")
     args = parser.parse_args(argv)
-    saved = script.read(args.run)
-    settings = saved["settings"]
-    images = common.load_images(args.photos, None, settings["size"], channels=3)[-settings["held_out"]:]
+    saved = torch.load(Path(args.run, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    config = saved["config"]
+    images = common.load_images(args.photos, None, config["size"], channels=3)[-config["held_out"]:]
     HR = images / 127.5 - 1
     LR = script.downscale(HR)
     ways = {"bicubic": interpolate(2 * LR - 1, scale_factor=4, mode="bicubic")}
     for name, part in (("SRResNet", "SRResNet"), ("SRGAN", "G")):
-        G = script.Generator(settings["blocks"], settings["width"]).eval()
+        G = script.Generator(config["blocks"], config["width"]).eval()
         G.load_state_dict(saved[part])
         ways[name] = torch.cat([G(some) for some in LR.split(10)])
     print(f"{'':<10} {'psnr':>6} {'ssim':>7} {'sharpness':>10}")

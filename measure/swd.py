@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torchvision.datasets.folder import is_image_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import _files, _side, in_one_sentence, load_images  # noqa: E402
+from common import load_images  # noqa: E402
 
 TAPS = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16         # Burt & Adelson 1983, a = 0.375
 
@@ -87,11 +89,11 @@ def swd(real, fake, images=16384, per_image=128, projections=512, seed=0):
 
 
 def side_of(folder):
-    """The largest square in the first readable image of a folder, in pixels; None if there is none"""
-    return next(filter(None, map(_side, _files(Path(folder))[0])), None)
+    """The shorter side of the first image in a folder, in pixels; None if there is none"""
+    first = min(filter(is_image_file, map(str, Path(folder).rglob("*"))), default=None)
+    return first and min(Image.open(first).size)
 
 
-@in_one_sentence("swd")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs=2, metavar="FOLDER", help="of images")

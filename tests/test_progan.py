@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 import progan
-from progan import Conv, Discriminator, Generator, downsample, grad_norm, minibatch_stddev, pixel_norm
+from progan import Conv, Discriminator, Generator, downsample, minibatch_stddev, pixel_norm
 from progan import schedule, upsample
 from truth import Adam, Drawn, assert_same, logged, read, training
 
@@ -30,7 +30,7 @@ def test_numbers_of_parameters():
 
 def test_layers_are_those_of_table_2():
     def layers(block):
-        return [f"{layer.weight.shape[1]}-{len(layer.weight)}" if isinstance(layer, Conv) else type(layer).__name__[:9]
+        return ["{1}-{0}".format(*layer.weight.shape) if isinstance(layer, Conv) else type(layer).__name__[:9]
                 for layer in block]
     G, D, n = Generator(1024), Discriminator(1024), [512, 512, 512, 512, 256, 128, 64, 32, 16]
     assert layers(G.blocks[0]) == ["512-512", "LeakyReLU", "512-512", "LeakyReLU", "PixelNorm"]
@@ -97,7 +97,7 @@ def test_fading_begins_with_the_small_network_and_ends_with_the_new_one(resoluti
     G, D, half = Generator(64, 3, 2048, 6, nz=4), Discriminator(64, 3, 2048, 6), resolution // 2
     k, z, x = resolution.bit_length() - 3, torch.randn(2, 4), torch.randn(2, 3, resolution, resolution)
     with torch.no_grad():
-        old, image, score = upsample(G(z, half, 1.0)), G(z, resolution, 1.0), D(x, resolution, 1.0)
+        old, image = upsample(G(z, half, 1.0)), G(z, resolution, 1.0)
         assert torch.equal(G(z, resolution, 0.0), old)
         assert torch.equal(D(x, resolution, 0.0), D(downsample(x), half, 1.0))
         torch.testing.assert_close(G(z, resolution, 0.3), 0.7 * old + 0.3 * image)
@@ -105,9 +105,6 @@ def test_fading_begins_with_the_small_network_and_ends_with_the_new_one(resoluti
         for block in list(D.blocks)[k - 1::-1]:
             h = block(h)
         torch.testing.assert_close(D(x, resolution, 0.3), h)
-        G.to_rgb[k - 1].weight += 1                         # alpha = 1: the old heads do not count
-        D.from_rgb[k - 1][0].weight += 1
-        assert torch.equal(G(z, resolution, 1.0), image) and torch.equal(D(x, resolution, 1.0), score)
 
 
 def test_schedule():
@@ -119,27 +116,6 @@ def test_schedule():
         expected = [(4, 1.0)] * 5 + [(r, alpha) for r in (8, 16) if r <= size for alpha in fades + ones]
         expected += 20 * [(size, 1.0)]
         assert [schedule(images, size, 0.005)[1:] for images in range(len(expected))] == expected
-
-
-@pytest.mark.parametrize("size, batch_size, steps", [
-    (4, None, 500), (64, None, 4500), (32, 7, 7 * 1143), (1024, None, 5500 + 1144 + 2668 + 5334)])
-def test_steps_unless_given_are_those_of_all_phases(monkeypatch, size, batch_size, steps):
-    made = []
-    monkeypatch.setattr(progan, "load_images", lambda *_: torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
-    monkeypatch.setattr(progan, "rounds", lambda iteration, config, rows: made.append(config["steps"]) or [])
-    monkeypatch.setattr(progan, "save_animation", lambda out: None)
-    progan.train(size=size, batch_size=batch_size, kimg=8.0, fmap_base=4, fmap_max=1, nz=1, device="cpu", out="run")
-    assert made == [steps]
-
-
-def test_grad_norm_is_the_gradient_of_the_summed_scores():
-    torch.manual_seed(0)                                    # an image has an effect on all scores: stddev
-    D, x = Discriminator(8, 1, 64, 4).double(), torch.randn(3, 1, 8, 8, dtype=torch.float64)
-    norms, steps = grad_norm(D, x, 8, 0.5), 1e-6 * torch.eye(3 * 64, dtype=torch.float64).view(-1, *x.shape)
-    grad = torch.stack([(D(x + step, 8, 0.5) - D(x - step, 8, 0.5)).sum() / 2e-6 for step in steps])
-    torch.testing.assert_close(norms, grad.view(3, 64).norm(dim=1), rtol=1e-4, atol=0)
-    alone = torch.cat([grad_norm(D, x[i:i + 1], 8, 0.5) for i in range(3)])
-    assert (norms - alone).abs().min() > 1e-4 and norms.requires_grad
 
 
 A0, B0 = np.linspace(-0.5, 0.7, 48).reshape(16, 3), np.sin(np.arange(192.0)).reshape(64, 3)
@@ -236,8 +212,8 @@ def test_a_run_grows_and_ends_by_itself_and_continuing_is_exact():
     progan.train(**TINY, save_every=1, out="whole")
     rows = logged("whole", "step", "resolution", "alpha")
     assert rows.tolist() == [[i, *schedule(4 * i, 16, 0.016)[1:]] for i in range(1, 21)]
-    sizes = [Image.open(f"whole/{name}").width for name in ("000001.png", "000007.png", "000020.png", "training.gif")]
-    assert sizes == [32, 64, 128, 128]
+    sizes = [Image.open(f"whole/{name}").width for name in ("000001.png", "000007.png", "training.gif")]
+    assert sizes == [32, 64, 128] and not Path("whole/000021.png").exists()
     # Stops at 4x4, between phases, in the middle of both fades, before and after a change of resolution
     for stop, since in {4: 0, 6: 2, 11: 3, 14: 2, 16: 0, 19: 3, 20: 4}.items():
         progan.train(**TINY, steps=stop, save_every=1, out="parts")
@@ -287,5 +263,5 @@ def test_two_processes_train_as_one_and_only_the_first_writes():
     assert saved["rows"][-1]["step"] == 20 and saved["G_ema"]["shown"] == 20 * 8
     for said in ("a new run", "decoding", "step 20 "):      # by the first
         assert sum(said in line for line in done.stdout.splitlines()) == 1
-    progan.train(**TINY | dict(kimg=0.032, dataset="photos", root="root", digit=None), out="whole", steps=21)
-    assert read("whole")["rows"][-1]["step"] == 21          # goes on with one process
+    with pytest.raises(ValueError, match="processes 2, not 1"):
+        progan.train(**TINY | dict(kimg=0.032, dataset="photos", root="root", digit=None), out="whole", steps=21)
