@@ -1,16 +1,12 @@
 import functools
 import os
-import sys
 import urllib.request
-from pathlib import Path
 
-# Networks this small run faster on one thread. The tests' child processes inherit it: equal results to the bit.
+# Faster with networks this small. The tests' child processes inherit it: equal results to the bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 
 read_once = functools.cache(common.load_set)

@@ -12,25 +12,13 @@ import lsgan
 import wgan
 import wgan_gp
 from ebgan import energy, pulling_away
-from truth import (Adam, Drawn, LinearAutoencoder, LinearGenerator, QuadraticCritic, RMSProp,
-                   assert_dcgan_initialisation, assert_left, described, norm)
+from truth import Adam, Drawn, LinearAutoencoder, LinearGenerator, QuadraticCritic, RMSProp
+from truth import assert_left, described, norm
 from wgan_gp import grad_norm
 
 SECOND = {wgan: wgan.Critic, wgan_gp: wgan_gp.Critic, lsgan: lsgan.Discriminator, ebgan: ebgan.Discriminator}
-image, by_theta = LinearGenerator.image, LinearGenerator.by_theta
-LEAKY = "LeakyReLU 0.2"
+image, by_theta, LEAKY = LinearGenerator.image, LinearGenerator.by_theta, "LeakyReLU 0.2"
 score, by_w, by_x = QuadraticCritic.score, QuadraticCritic.by_w, QuadraticCritic.by_x
-
-
-@pytest.mark.parametrize("script", SECOND)
-@pytest.mark.parametrize("size, channels", [(16, 3), (32, 1), (64, 3), (128, 1), (256, 1)])
-def test_shapes_and_range(script, size, channels):
-    G, D = script.Generator(7, channels, size, 2), SECOND[script](channels, size, 2)
-    x = G(torch.randn(3, 7))
-    assert x.shape == (3, channels, size, size) and x.abs().max() <= 1
-    assert D(x).shape == (x.shape if script is ebgan else (3,)) and (script is not ebgan or D(x).abs().max() <= 1)
-    widths = [layer.out_channels for layer in D.modules() if isinstance(layer, nn.Conv2d)]
-    assert widths == [2 * 2**i for i in range(3 if script is ebgan else int(np.log2(size)) - 2)]
 
 
 @pytest.mark.parametrize("script", SECOND)
@@ -39,6 +27,10 @@ def test_the_generators_layers_are_those_of_dcgan(script):
         "Unflatten", "100-64 k4 s1 p0", *norm(64, "ReLU"), "64-32 k4 s2 p1", *norm(32, "ReLU"),
         "32-16 k4 s2 p1", *norm(16, "ReLU"), "16-3 k4 s2 p1", "Tanh"]
     assert sum(p.numel() for p in script.Generator(100, 3, 64, 64).parameters()) == 3_576_704   # the first WGAN's
+    for size in 16, 128, 256:
+        x = script.Generator(7, 3, size, 2)(torch.randn(2, 7))
+        y = SECOND[script](3, size, 2)(x)
+        assert x.shape == (2, 3, size, size) and y.shape == (x.shape if script is ebgan else (2,))
     for size in 0, 8, 33, 48, 512:
         with pytest.raises(ValueError, match=f"--size .* not {size}"):
             script.Generator(100, 1, size, 4)
@@ -59,18 +51,20 @@ def test_the_second_networks_layers(layers, expected):
     assert described(layers) == expected
 
 
-@pytest.mark.parametrize("script", [wgan, lsgan, ebgan])
-def test_networks_are_initialised_as_dcgan_but_wgan_gps_keep_torchs(script):
+@pytest.mark.parametrize("script", SECOND)
+def test_networks_are_initialised_as_dcgan_but_wgan_gps_as_torch_does(script):
     torch.manual_seed(0)
-    assert_dcgan_initialisation(script.Generator(100, 1, 32, 64), SECOND[script](1, 32, 64))
-    for layer in [*wgan_gp.Generator(100, 1, 32, 16), *wgan_gp.Critic(1, 32, 16)]:
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            bound = (layer.weight.shape[1] * 16) ** -0.5    # kaiming_uniform with a = √5: ±1/√(fan in)
-            assert 0.9 * bound < layer.weight.abs().max() <= bound
+    for layer in [*script.Generator(100, 1, 32, 64).modules(), *SECOND[script](1, 32, 64).modules()]:
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) and layer.weight.numel() > 1000:
+            std = (layer.weight.shape[1] * 48) ** -0.5 if script is wgan_gp else 0.02   # uniform: ±1 / √(fan in)
+            assert abs(layer.weight.std() / std - 1) < 0.1 and abs(layer.weight.mean()) < std / 5
+            assert (layer.weight.abs().max() < 2 * std) == (script is wgan_gp)
+        if isinstance(layer, nn.BatchNorm2d) and script is not wgan_gp:
+            assert 0.01 < layer.weight.std() < 0.03 and abs(layer.weight.mean() - 1) < 0.02 and not layer.bias.any()
 
 
-@pytest.mark.parametrize("changed, clipped", [({}, 5), (dict(lr=3e-3, c=0.5, n_critic=3, batch_size=4), 2)])
-def test_two_iterations_of_wgan_equal_numpy(monkeypatch, changed, clipped):
+@pytest.mark.parametrize("changed", [{}, dict(lr=3e-3, c=0.5, n_critic=3, batch_size=4)])       # 2 of 5 are clipped
+def test_two_iterations_of_wgan_equal_numpy(monkeypatch, changed):
     drawn = Drawn(monkeypatch, wgan, Generator=LinearGenerator, Critic=QuadraticCritic)
     G, D = wgan.train(**changed, steps=2, nz=3, device="cpu", out="run", save_every=1)
 
@@ -78,21 +72,18 @@ def test_two_iterations_of_wgan_equal_numpy(monkeypatch, changed, clipped):
     theta, w = LinearGenerator.start, QuadraticCritic.start
     real, latent = drawn.real(), drawn["randn"]
     opt_G, opt_D = RMSProp(), RMSProp()
-    rows, was_clipped, was_not = [], set(), 0
+    rows = []
     for _ in range(2):
         for _ in range(k["n_critic"]):
             x, x_tilde = next(real), image(theta, next(latent))
             estimate = score(w, x).mean() - score(w, x_tilde).mean()
             w = w + k["lr"] * opt_D.direction((by_w(x) - by_w(x_tilde)).mean(0))
-            was_clipped |= set(np.flatnonzero(abs(w) > k["c"]))
-            was_not += (abs(w) < k["c"]).sum()
             w = np.clip(w, -k["c"], k["c"])
         z = next(latent)
         x_tilde = image(theta, z)
         rows.append(dict(L_D=-estimate, L_G=-score(w, x_tilde).mean(), wasserstein=estimate))
         theta = theta - k["lr"] * opt_G.direction(by_theta(-by_x(w, x_tilde) / k["batch_size"], z))
 
-    assert len(was_clipped) >= clipped and was_not          # both kinds of weights are among those compared
     assert_left(rows, (real, latent), G=(G, theta, opt_G), D=(D, w, opt_D))
 
 
@@ -139,14 +130,13 @@ def test_two_iterations_of_wgan_gp_equal_numpy(monkeypatch, changed, shape):
 
 
 def test_layers_that_are_frozen_stay_as_they_are_and_the_others_train(monkeypatch):
-    class Frozen(wgan_gp.Critic):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self[0].requires_grad_(False).weight.fill_(0.5)
-            self[2].weight.data.fill_(0.5)
-    Drawn(monkeypatch, wgan_gp, (1, 16, 16), Critic=Frozen)
-    _, D = wgan_gp.train(steps=1, n_critic=1, size=16, width=4, nz=5, lr=0.1, device="cpu", out="run")
-    assert (D[0].weight == 0.5).all() and not (D[2].weight == 0.5).any()
+    def frozen(*args, make=wgan_gp.Critic):
+        D = make(*args)
+        D[0].requires_grad_(False).weight.fill_(0.5)
+        return D
+    Drawn(monkeypatch, wgan_gp, (1, 16, 16), Critic=frozen)
+    _, D = wgan_gp.train(steps=1, n_critic=1, size=16, width=4, nz=5, lr=0.5, device="cpu", out="run")
+    assert (D[0].weight == 0.5).all() and D[2].weight.abs().max() > 0.4
 
 
 @pytest.mark.parametrize("changed", [{}, dict(a=0.3, b=-0.7, c=2.0, lr=0.01, beta1=0.2, beta2=0.8, batch_size=4)])
@@ -171,19 +161,13 @@ def test_two_iterations_of_lsgan_equal_numpy(monkeypatch, changed):
     assert_left(rows, (real, latent), G=(G, theta, opt_G), D=(D, w, opt_D))
 
 
-def fixed(factor):
-    """An autoencoder that returns factor times its input"""
-    return Namespace(encode=nn.Identity(), decode=lambda S: factor * S)
-
-
-def test_energy_is_the_norm_of_each_images_residual_and_its_gradient_is_finite_at_zero():
-    x = torch.randn(5, 3, 8, 8) * torch.arange(1., 6.).view(5, 1, 1, 1)
-    for factor in 1.0, 0.0, -1.0, 3.0:
-        torch.testing.assert_close(energy(fixed(factor), x)[0], abs(factor - 1) * x.flatten(1).norm(dim=1))
-    assert energy(fixed(0.0), torch.ones(2, 1, 32, 32))[0].tolist() == [32, 32]     # √1024, as are the margins
-    e, _ = energy(fixed(1.0), x.requires_grad_())
+def test_energy_of_any_shape_is_a_norm_whose_gradient_is_finite_at_zero():
+    D, x = Namespace(encode=nn.Identity(), decode=lambda S: S * torch.tensor([1.0, -1.0])), torch.randn(5, 3, 2)
+    torch.testing.assert_close(energy(D, x)[0], 2 * x[..., 1].norm(dim=1))
+    x = torch.tensor([[3.0, 0.0]], requires_grad=True)
+    e, S = energy(D, x)
     (grad,) = torch.autograd.grad(e.sum(), x)
-    assert torch.equal(e, torch.zeros(5)) and grad.isfinite().all()
+    assert e.item() == 0 and torch.equal(S, x) and grad.isfinite().all()
 
 
 @pytest.mark.parametrize("S, expected", [

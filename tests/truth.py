@@ -134,9 +134,8 @@ class Drawn:
 
 
 def logged(out, *names):
-    """Columns of a run's log.csv, (rows, names)"""
-    log = np.atleast_1d(np.genfromtxt(f"{out}/log.csv", delimiter=",", names=True))
-    return np.stack([log[name] for name in names], axis=1)
+    """Columns of a run's log, (rows, names)"""
+    return np.array([[row[name] for name in names] for row in read(out)["rows"]])
 
 
 def read(out):
@@ -156,16 +155,14 @@ def assert_same(a, b):
 
 
 def assert_left(rows, numbers, rtol=1e-5, of_moments=1e-4, **networks):
-    """What a run left: numbers all used; rows in the log; and of every network (it, weights, its optimizer here).
-    rtol: of D's weights"""
+    """What a run left: numbers all used; rows in the log; and of every network (it, weights, its optimizer here)"""
     assert not any(list(rest) for rest in numbers)          # every number drawn was used, each once
     np.testing.assert_allclose(logged("run", *rows[0]), [list(row.values()) for row in rows], 2e-5, 1e-6)
     saved = read("run")
     for name, (network, weights, optimizer) in networks.items():
         parameters = list(network.parameters())
         np.testing.assert_allclose(flat(parameters), weights, rtol if name == "D" else 2e-5, 1e-7, err_msg=name)
-        # What is left in .grad is the last gradient of each line: nothing leaks from one network's step to the
-        # other. Both optimizers hide the scale of a gradient in the weights, not in its second moment.
+        # .grad is the last gradient: nothing leaks from one step to the other. The second moment has its scale.
         np.testing.assert_allclose(flat(p.grad for p in parameters), optimizer.g, 1e-3, 1e-6, err_msg=name)
         moments = flat(state[optimizer.moment] for state in saved[f"opt_{name}"]["state"].values())
         np.testing.assert_allclose(moments, optimizer.v, of_moments, 1e-9, err_msg=name)
@@ -189,13 +186,3 @@ def described(layers):
 
 def norm(n, activation):
     return [f"BatchNorm2d {n} 1e-05 0.1 True", activation]
-
-
-def assert_dcgan_initialisation(*networks):
-    """Convolutions N(0, 0.02), batch norm N(1, 0.02) and 0"""
-    for layer in (layer for network in networks for layer in network.modules() if hasattr(layer, "weight")):
-        weight, mean = layer.weight, 1 if isinstance(layer, nn.BatchNorm2d) else 0
-        assert abs(weight.mean() - mean) < 4 * 0.02 / weight.numel() ** 0.5 and 0.01 < weight.std() < 0.03
-        few = weight.numel() < 1000
-        assert few or 0.018 < weight.std() < 0.022 and weight.abs().max() > 0.05        # not uniform
-        assert mean == 0 or not layer.bias.any()
