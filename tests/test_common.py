@@ -25,8 +25,8 @@ def by_hand(image, size):
     """Upright, central square, antialiased: by Pillow alone -> uint8 (3, size, size)"""
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    image = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
-    return np.asarray(image).transpose(2, 0, 1)
+    box = left, top, left + side, top + side
+    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box)).transpose(2, 0, 1)
 
 
 def test_mnist_is_the_archives_pixels_with_a_border_of_two_or_resized_or_repeated():
