@@ -70,7 +70,7 @@ def _load_folder(folder, size, channels, root):
     state = repr([size, channels, *((path, os.path.getmtime(path), os.path.getsize(path)) for path in paths)])
     file = root / "cache" / f"{Path(place).name}-{sha256(state.encode()).hexdigest()[:16]}"
     if not file.exists():
-        print(f"decoding {len(paths):,} images once, into {file} (--root: elsewhere)", flush=True)
+        print(f"decoding {len(paths):,} images once, into {file} (--root: elsewhere)")
         file.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=file.parent) as scratch:
             with open(f"{scratch}/images", "wb") as sink, ThreadPoolExecutor() as pool:
@@ -80,7 +80,7 @@ def _load_folder(folder, size, channels, root):
                 raise ValueError(f"{folder} has {len(files):,} files, but no image that can be used")
             os.replace(f"{scratch}/images", file)
     pixels = torch.from_file(str(file), shared=True, size=file.stat().st_size, dtype=torch.uint8)
-    print(f"{len(pixels) // (channels * size * size):,} images, of {len(files):,} files in {folder}", flush=True)
+    print(f"{len(pixels) // (channels * size * size):,} images, of {len(files):,} files in {folder}")
     return pixels.view(-1, channels, size, size)
 
 
@@ -89,7 +89,7 @@ def _decode(path, size, channels):
     try:
         image = Image.open(path)
         if getattr(image, "n_frames", 1) > 1:
-            print(f"{path}: the first of {image.n_frames} frames", flush=True)
+            print(f"{path}: the first of {image.n_frames} frames")
         if image.mode[0] in "IF":
             raise ValueError(f"its pixels are {image.mode}, not of 8 bits")
         image.draft("RGB", (2 * size, 2 * size))                # a large JPEG is decoded smaller, 20 times as fast
@@ -99,7 +99,7 @@ def _decode(path, size, channels):
         image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.Resampling.BICUBIC)
         return TF.pil_to_tensor(image).numpy().tobytes()
     except Exception as error:                                  # damaged files cause many kinds
-        print(f"left out {path}: {error}", flush=True)
+        print(f"left out {path}: {error}")
         return b""
 
 

@@ -268,14 +268,14 @@ def train(
 
 
 # ---- The run: as in every script; nothing below is in the paper --------------------------------------------
-def average_gradients(weights):
+def average_gradients(parameters):
     """Over all processes, so that each makes the same step; with one there is nothing to do"""
-    if dist.is_initialized():
-        grads = [weight.grad for weight in weights if weight.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat)
-        for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):
-            grad.copy_(total.view_as(grad) / dist.get_world_size())
+    if not dist.is_initialized():
+        return
+    for p in parameters:
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
 
 
 def folder(script, config):
@@ -286,10 +286,9 @@ def folder(script, config):
 
 def resume(out, config, states):
     """Makes config plain, and puts out's checkpoint into states.  -> the log's rows.  ValueError: other settings"""
-    config["states"] = list(states)                         # and no NumPy, no paths, for weights_only=True
-    config |= json.loads(json.dumps(config, default=lambda it: getattr(it, "item", it.__str__)()))
+    config |= json.loads(json.dumps(config, default=lambda it: getattr(it, "item", it.__str__)()))    # no NumPy
     if not (out / "checkpoint.pt").exists():
-        print(f"a new run in {out}", flush=True)
+        print(f"a new run in {out}")
         return []
     saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
     for name, now in config.items():
@@ -301,9 +300,9 @@ def resume(out, config, states):
             saved[name]["param_groups"] = state.state_dict()["param_groups"]
         state.load_state_dict(saved[name])
     torch.set_rng_state(saved["random"])
-    if saved["random_cuda"] is not None and "cuda" in config["device"]:
+    if "random_cuda" in saved and "cuda" in config["device"]:
         cuda.set_rng_state(saved["random_cuda"], config["device"])
-    print(f"going on from step {saved['rows'][-1]['step']}, in {out}/checkpoint.pt", flush=True)
+    print(f"going on from step {saved['rows'][-1]['step']} in {out}")
     return saved["rows"]
 
 
@@ -313,13 +312,14 @@ def save(out, config, states, rows):
     saved = {name: state.state_dict() for name, state in states.items()}
     for state in saved.values():
         state.pop("param_groups", None)                     # lr and the like are the code's, not the checkpoint's
-    of_cuda = cuda.get_rng_state(config["device"]) if "cuda" in config["device"] else None
-    saved |= dict(config=config, rows=rows, random=torch.get_rng_state(), random_cuda=of_cuda)
+    saved |= dict(config=config, rows=rows, random=torch.get_rng_state())
+    if "cuda" in config["device"]:
+        saved["random_cuda"] = cuda.get_rng_state(config["device"])
     for name in ["checkpoint", f"{rows[-1]['step']:06d}"] if config["keep"] else ["checkpoint"]:
         torch.save(saved, out / f"{name}.{os.getpid()}")
         os.replace(out / f"{name}.{os.getpid()}", out / f"{name}.pt")
     left = rows[-1]["seconds"] * (config["steps"] / rows[-1]["step"] - 1) / 60
-    print(*(f"{name} {value:.4g} " for name, value in rows[-1].items()), f"{left:.0f} min left", flush=True)
+    print(*(f"{name} {value:.4g} " for name, value in rows[-1].items()), f"{left:.0f} min left")
 
 
 def rounds(iteration, config, rows):
@@ -360,7 +360,7 @@ def generate(out, n, seed, device, load=load):
 
 def main(train, generate, argv=None):
     """The command line of train.  SystemExit: 2 and one sentence after a user's mistake, 130 after Ctrl-C"""
-    getattr(sys.stdout, "reconfigure", dict)(errors="replace")      # λ becomes ? where there is none
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace", line_buffering=True)      # λ may become ?
     parser = ArgumentParser(description=getmodule(train).__doc__, formatter_class=RawDescriptionHelpFormatter)
     comments = dict(re.findall(r"^    (\w+).*?, +# (.*)$", getsource(train), re.M))     # of train's arguments
     for name, setting in signature(train).parameters.items():

@@ -152,10 +152,9 @@ def folder(script, config):
 
 def resume(out, config, states):
     """Makes config plain, and puts out's checkpoint into states.  -> the log's rows.  ValueError: other settings"""
-    config["states"] = list(states)                         # and no NumPy, no paths, for weights_only=True
-    config |= json.loads(json.dumps(config, default=lambda it: getattr(it, "item", it.__str__)()))
+    config |= json.loads(json.dumps(config, default=lambda it: getattr(it, "item", it.__str__)()))    # no NumPy
     if not (out / "checkpoint.pt").exists():
-        print(f"a new run in {out}", flush=True)
+        print(f"a new run in {out}")
         return []
     saved = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
     for name, now in config.items():
@@ -167,9 +166,9 @@ def resume(out, config, states):
             saved[name]["param_groups"] = state.state_dict()["param_groups"]
         state.load_state_dict(saved[name])
     torch.set_rng_state(saved["random"])
-    if saved["random_cuda"] is not None and "cuda" in config["device"]:
+    if "random_cuda" in saved and "cuda" in config["device"]:
         cuda.set_rng_state(saved["random_cuda"], config["device"])
-    print(f"going on from step {saved['rows'][-1]['step']}, in {out}/checkpoint.pt", flush=True)
+    print(f"going on from step {saved['rows'][-1]['step']} in {out}")
     return saved["rows"]
 
 
@@ -179,13 +178,14 @@ def save(out, config, states, rows):
     saved = {name: state.state_dict() for name, state in states.items()}
     for state in saved.values():
         state.pop("param_groups", None)                     # lr and the like are the code's, not the checkpoint's
-    of_cuda = cuda.get_rng_state(config["device"]) if "cuda" in config["device"] else None
-    saved |= dict(config=config, rows=rows, random=torch.get_rng_state(), random_cuda=of_cuda)
+    saved |= dict(config=config, rows=rows, random=torch.get_rng_state())
+    if "cuda" in config["device"]:
+        saved["random_cuda"] = cuda.get_rng_state(config["device"])
     for name in ["checkpoint", f"{rows[-1]['step']:06d}"] if config["keep"] else ["checkpoint"]:
         torch.save(saved, out / f"{name}.{os.getpid()}")
         os.replace(out / f"{name}.{os.getpid()}", out / f"{name}.pt")
     left = rows[-1]["seconds"] * (config["steps"] / rows[-1]["step"] - 1) / 60
-    print(*(f"{name} {value:.4g} " for name, value in rows[-1].items()), f"{left:.0f} min left", flush=True)
+    print(*(f"{name} {value:.4g} " for name, value in rows[-1].items()), f"{left:.0f} min left")
 
 
 def rounds(iteration, config, rows):
@@ -215,7 +215,7 @@ def recorded(iteration, device):
             losses = iteration()
         cuda.synchronize()
         yield losses
-    print("recorded: a print, an if or a count in iteration has no effect from now on", flush=True)
+    print("recorded: a print, an if or a count in iteration has no effect from now on")
     with cuda.graph(graph, stream=stream):
         losses = iteration()
     while True:
@@ -245,7 +245,7 @@ def generate(out, n, seed, device, load=load):
 
 def main(train, generate, argv=None):
     """The command line of train.  SystemExit: 2 and one sentence after a user's mistake, 130 after Ctrl-C"""
-    getattr(sys.stdout, "reconfigure", dict)(errors="replace")      # λ becomes ? where there is none
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace", line_buffering=True)      # λ may become ?
     parser = ArgumentParser(description=getmodule(train).__doc__, formatter_class=RawDescriptionHelpFormatter)
     comments = dict(re.findall(r"^    (\w+).*?, +# (.*)$", getsource(train), re.M))     # of train's arguments
     for name, setting in signature(train).parameters.items():
