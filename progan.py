@@ -69,7 +69,7 @@ downsample = nn.AvgPool2d(2)                # their 2x2 averages (A.1, Fig. 2). 
 # ---- Networks (table 2) ------------------------------------------------------------------------------------------
 def feature_maps(size, fmap_base, fmap_max):
     """At 4x4, 8x8, ..., size; for 8192 and 512 those of table 2.  ValueError for any other size"""
-    if size not in (4, 8, 16, 32, 64, 128, 256, 512, 1024):
+    if size not in [2 ** k for k in range(2, 11)]:
         raise ValueError(f"--size must be a power of two from 4 to 1024, not {size}")
     return [max(1, min(fmap_base // 2 ** (k + 1), fmap_max)) for k in range(int(log2(size)) - 1)]
 
