@@ -47,12 +47,12 @@ class Discriminator(nn.Sequential):
         super().__init__()
         n = width
         self.encode = nn.Sequential(
-            nn.Conv2d(channels, n, 4, 2, 1, bias=False), nn.LeakyReLU(0.2),       # (m, n, size/2, size/2)
-            nn.Conv2d(n, 2 * n, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * n), nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * n, 4 * n, 4, 2, 1, bias=False), nn.BatchNorm2d(4 * n), nn.LeakyReLU(0.2))
+            nn.Conv2d(channels, n, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True),       # (m, n, size/2, size/2)
+            nn.Conv2d(n, 2 * n, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * n), nn.LeakyReLU(0.2, True),
+            nn.Conv2d(2 * n, 4 * n, 4, 2, 1, bias=False), nn.BatchNorm2d(4 * n), nn.LeakyReLU(0.2, True))
         self.decode = nn.Sequential(                                                    # (m, 4n, size/8, size/8)
-            nn.ConvTranspose2d(4 * n, 2 * n, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * n), nn.LeakyReLU(0.2),
-            nn.ConvTranspose2d(2 * n, n, 4, 2, 1, bias=False), nn.BatchNorm2d(n), nn.LeakyReLU(0.2),
+            nn.ConvTranspose2d(4 * n, 2 * n, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * n), nn.LeakyReLU(0.2, True),
+            nn.ConvTranspose2d(2 * n, n, 4, 2, 1, bias=False), nn.BatchNorm2d(n), nn.LeakyReLU(0.2, True),
             nn.ConvTranspose2d(n, channels, 4, 2, 1, bias=False), nn.Tanh())            # (m, channels, size, size)
         self.apply(init)
 

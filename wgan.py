@@ -56,9 +56,9 @@ class Critic(nn.Sequential):
     """D(x): images -> scores.  (m, channels, size, size) -> (m,).  Batch norm: a score depends on its batch"""
     def __init__(self, channels=1, size=32, width=16):
         n = width
-        layers = [nn.Conv2d(channels, n, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]     # (m, n, size/2, size/2)
+        layers = [nn.Conv2d(channels, n, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]     # (m, n, size/2, size/2)
         while n < width * size // 8:
-            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * n), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * n), nn.LeakyReLU(0.2, True)]
             n *= 2                                              # (m, n, size/4, size/4), ..., (m, n, 4, 4)
         super().__init__(*layers, nn.Flatten(), nn.Linear(16 * n, 1, bias=False), nn.Flatten(0))    # (m, 1), (m,)
         self.apply(init)
