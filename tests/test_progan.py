@@ -10,8 +10,7 @@ from PIL import Image
 from torch import nn
 
 import progan
-from progan import Conv, Discriminator, Generator, downsample, minibatch_stddev, pixel_norm
-from progan import schedule, upsample
+from progan import Conv, Discriminator, Generator, downsample, minibatch_stddev, pixel_norm, schedule, upsample
 from truth import Adam, Drawn, assert_same, logged, read, training
 
 TINY = dict(digit=7, size=16, nz=8, fmap_max=4, batch_size=4, kimg=0.016, device="cpu")     # 4 steps a phase
@@ -94,8 +93,7 @@ def test_schedule(monkeypatch):
 
 
 A0, B0 = np.linspace(-0.5, 0.7, 48).reshape(16, 3), np.sin(np.arange(192.0)).reshape(64, 3)
-M = np.kron(np.eye(4), [0.5, 0.5])
-M = np.kron(M, M)                                           # 8x8 -> 4x4, averages; 4 Mᵀ: the way back
+M = np.kron(*[np.kron(np.eye(4), [0.5, 0.5])] * 2)          # 8x8 -> 4x4, averages; 4 Mᵀ: the way back
 
 
 class TinyGenerator(nn.Module):         # A z at 4x4; at 8x8 faded with B z

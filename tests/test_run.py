@@ -10,8 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +143,8 @@ def test_a_script_that_has_changed_goes_on_as_it_is_now_or_says_why_not(monkeypa
     settings = dict(lr=np.float64(0.01), seed=np.int32(3), root=common.ROOT)        # of any kind
     wgan_gp.train(**tiny(wgan_gp) | settings, steps=2, out=Path("run"))
     before = read("run")
+    with pytest.raises(KeyError, match="extra"):
+        wgan_gp.resume(Path("run"), dict(before["config"]), dict(extra=torch.nn.Linear(1, 1)))
     adam, rounds = torch.optim.Adam, wgan_gp.rounds
     monkeypatch.setattr(torch.optim, "Adam", lambda weights, lr, *rest, **more: adam(weights, 0.0, *rest, **more))
     monkeypatch.setattr(wgan_gp, "rounds", lambda *args: (row.update(new=5) or row for row in rounds(*args)))
@@ -187,8 +189,9 @@ def test_picture_load_and_generate_show_the_same_images(script):
 
 
 @pytest.mark.parametrize("args, word", [
-    ("--dataset nowhere", "nowhere"), ("--digit 11", "digit"), ("--dataset .", "digit"), ("--size 2048", "size"),
-    ("--batch-size -1", "at least 1"), ("--channels 2", "--channels"), ("--generate 2 --out nothing", "nothing")])
+    ("--dataset nowhere", "nowhere"), ("--digit 11", "--digit"), ("--dataset .", "--digit"), ("--size 33", "size"),
+    ("--size 2048", "size"), ("--batch-size -1", "at least 1"), ("--channels 2", "--channels"),
+    ("--generate 2 --out nothing", "nothing")])
 def test_errors_are_one_sentence(script, capsys, args, word):
     main(script, args, status=2)
     said = capsys.readouterr().err
@@ -196,9 +199,8 @@ def test_errors_are_one_sentence(script, capsys, args, word):
 
 
 def test_in_a_thread(script):
-    thread = threading.Thread(target=script.train, kwargs=tiny(script) | dict(steps=1, out="run"))
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor() as pool:
+        pool.submit(script.train, **tiny(script), steps=1, out="run").result()
     assert read("run")["rows"][-1]["step"] == 1
 
 
