@@ -114,7 +114,7 @@ def trained(name, **settings):
     file = Path(settings["out"], "checkpoint.pt")
     saved = torch.load(file, weights_only=True)
     for weight in saved.get("G_ema", saved["G"]).values():
-        weight.mul_(10 if weight.ndim > 1 else 1)
+        weight.mul_(20 if weight.ndim > 1 else 1)
     torch.save(saved, file)
 
 

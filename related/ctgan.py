@@ -2,14 +2,18 @@
 Xiang Wei, Boqing Gong, Zixia Liu, Wei Lu, Liqiang Wang, https://arxiv.org/abs/1803.01541
 
 WGAN-GP's penalty hardly looks at D near real images. Dropout makes D random: two passes of one real image stand for
-two points near it, and D pays where it scores them differently. Made for few images: try --examples 1000.
+two points near it, and D pays where it scores them differently. Dropout is on in every pass of D, in the penalty
+and in G's loss, too: without it CT is 0.
 
     L = E[D(x_tilde)] - E[D(x)] + λ₁ E[(‖∇_x_hat D(x_hat)‖₂ - 1)²] + λ₂ E[CT]
-    CT = max(0, (D(x) - D(x)′)² + 0.1 mean (D₋(x) - D₋(x)′)² - M′)      (D₋: all but the last layer; D(x)′: again)
+    CT = max(0, (D₁(x) - D₂(x))² + 0.1 mean (D₋₁(x) - D₋₂(x))² - M′)    (1, 2: two passes; D₋: but the last layer)
 
 Differs from the paper, or from its authors' code (the right-hand column has the code's steps, not Algorithm 1's):
-- Networks, initialisation, z: wgan_gp.py's; lr, β₁ and the first dropout: those of the authors' ResNet.
-- --width 16, --steps 1400, for two CPU cores and minutes; the authors took 50,000 steps."""
+- All images, where the authors' MNIST script, whose λ₁, λ₂, M′, m and n_critic these are, has --examples 1000.
+- Networks, initialisation, z: wgan_gp.py's. lr, β₁ and the first dropout are those of the authors' ResNet, where lr
+  falls to 0 and G's batch has 128 images; here neither.
+- --width 16, --steps 1400, for two CPU cores and minutes; the authors took 50,000 steps.
+- Batches are drawn with replacement, not by epochs."""
 import torch
 from torch import cuda, nn
 from common import batches, load_images, save_animation, save_images
@@ -20,9 +24,9 @@ class Critic(nn.Sequential):
     """D(x) = D[1](D[0](x)): images -> features D₋ -> scores.  (m, channels, size, size) -> (m, n, 4, 4) -> (m,)"""
     def __init__(self, channels=1, size=32, width=16):
         n = width
-        layers = [nn.Conv2d(channels, n, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(0.2)]     # (m, n, size/2, size/2)
+        layers = [nn.Conv2d(channels, n, 4, 2, 1), nn.LeakyReLU(0.2, True), nn.Dropout(0.2)]
         while n < width * size // 8:
-            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1), nn.LeakyReLU(0.2), nn.Dropout(0.5)]
+            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1), nn.LeakyReLU(0.2, True), nn.Dropout(0.5)]
             n *= 2                                              # (m, n, size/4, size/4), ..., (m, n, 4, 4)
         super().__init__(nn.Sequential(*layers), nn.Sequential(nn.Flatten(), nn.Linear(16 * n, 1), nn.Flatten(0)))
 
@@ -62,7 +66,7 @@ def train(                      # the numbers of the authors' code for MNIST, bu
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
     keep=False,             #           keep every checkpoint beside its picture: 000100.pt, 000200.pt, ...
 ):
-    """With CT.  Returns G, D.  ValueError, OSError: one sentence says what is wrong"""
+    """With CT.  Returns G, and D with dropout on.  ValueError, OSError: one sentence says what is wrong"""
     config = dict(locals())
     Generator(size=size)                                      # ValueError for such a size, before images are read
     torch.manual_seed(seed)
@@ -85,7 +89,7 @@ def train(                      # the numbers of the authors' code for MNIST, bu
                 x_tilde = G(z)
             x_hat = eps * x + (1 - eps) * x_tilde             # x_hat ← ε x + (1 − ε) x_tilde
             penalty = (grad_norm(D, x_hat) - 1) ** 2
-            f_x, f_x2 = D[0](x), D[0](x)                      # D₋(x) and D₋(x)′, each with a dropout of its own
+            f_x, f_x2 = D[0](x), D[0](x)                      # D₋₁(x), D₋₂(x), each with a dropout of its own
             D_x, D_x2, D_x_tilde = D[1](f_x), D[1](f_x2), D(x_tilde)
             CT = consistency(D_x, D_x2, f_x, f_x2, m_prime)
             L = D_x_tilde - D_x + lam1 * penalty + lam2 * CT  # L ← D(x_tilde) − D(x) + λ₁ (‖...‖₂ − 1)² + λ₂ CT

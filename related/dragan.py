@@ -10,8 +10,10 @@ code. No batch norm in D: the penalty is each image's own.
 
 Differs from the paper, or from its authors' code:
 - δ is their notebook's noise, 0.5 std(x) U[0, 1), which only brightens; its author has called that a bug: U[-1, 1)
-  was meant. Without the notebook's random step from x towards x + δ, needless as its author says. The paper has
-  N(0, cI), c = 10 suggested: a deviation of 3.2, which would drown pixels in [-1, 1].
+  was meant. The notebook then goes a random share of the way from x to x + δ, needless as its author says; without
+  that, as here, the noise is twice as large on average, 0.25 std(x). The paper has N(0, cI), c = 10 suggested: a
+  deviation of 3.2, which would drown pixels in [-1, 1]. --c is no variance, but the notebook's 0.5.
+- The penalised gradient is that of D's logit, as in the notebook; (1) may be read as that of the probability σ(D).
 - Networks: those of wgan_gp.py, with its initialisation, on 32x32 pixels in [-1, 1]; the authors' for MNIST: fully
   connected, 128 hidden units, on 28x28 pixels in [0, 1]. z has 100 dimensions, N(0, 1); theirs: uniform on [-1, 1].
 - --width 16, --steps 6000, m = 64, for two CPU cores and minutes; the authors: 200,000 steps of 128 images.
@@ -34,7 +36,7 @@ def train(
     # As in the authors' code, but for m
     lam=10.0,               # λ         weight of the gradient penalty
     k=1.0,                  # k         the norm that gradients should have
-    c=0.5,                  #           size of the noise, in standard deviations of the batch's pixels
+    c=0.5,                  #           most noise, in standard deviations of the batch's pixels
     lr=1e-4,                #           Adam: step size
     beta1=0.5,              # β₁        Adam: decay of the first moment
     beta2=0.9,              # β₂        Adam: decay of the second moment

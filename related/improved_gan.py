@@ -1,96 +1,108 @@
-"""Improved Techniques for Training GANs, §3.2-3.5 (NIPS 2016), https://arxiv.org/abs/1606.03498
+"""Improved Techniques for Training GANs, §3.2, 3.4, 3.5 (NIPS 2016), https://arxiv.org/abs/1606.03498
 T. Salimans, I. Goodfellow, W. Zaremba, V. Cheung, A. Radford, X. Chen
 
-Four changes to DCGAN, each with a flag: D sees how alike a batch's images are (--minibatch), and learns 0.9 for
-real ones (--smooth); G normalises by a fixed batch (--vbn); weights pay for the distance from their mean
-(--history).
+Three changes to DCGAN, each with a flag: D sees how alike a batch's images are (--minibatch), learns 0.9 for real
+ones (--smooth), and G normalises by a fixed batch (--vbn). Without all three this is DCGAN. §3.1 and §5 are in
+semi_supervised.py.
 
-    o(x_i)_b = Σ_{j≠i} exp(-‖M_ib - M_jb‖₁), M_i = f(x_i) T                             §3.2
+    o(x_i)_b = Σ_{j≠i} exp(-‖M_ib - M_jb‖₁) + bias_b,   M_i = f(x_i) T                  §3.2
     L_D = E[-α log D(x) - (1 - α) log(1 - D(x))] - E log(1 - D(G(z)))                   §3.4
-    L_G = -E log D(G(z));    to both: history ‖θ - 1/t Σ_{i≤t} θ[i]‖²                   §3.3
+    L_G = -E log D(G(z))
 
 Differs from the paper, or from its authors' code:
-- Networks: those of wgan_gp.py, T from N(0, 1/A); theirs are larger, and their T is normalised.
-- §3.3 is in no code of theirs, and has no weight in the paper. Here: 0, that is, off."""
-from copy import deepcopy
+- §3.2 prints Σ over all j, which adds 1; "other" images are in its text, and in the code, as are the bias and the
+  start: T so that the nearest image is at a mean distance of 2, the bias so that o has mean 0. There T is
+  weight-normalised; here it is trained as it is.
+- The start is from one batch, as distances depend on its size; theirs is from 500 images.
+- B = 100, C = 5 are those of their code for MNIST and CIFAR-10 (ImageNet: 300, 50).
+- α = 0.9 is the paper's. Their only code with it (ImageNet's) has 0.75, and G aims at α/2.
+- §3.3, historical averaging, is not here: it is in no code of theirs, and has no weight in the paper, whose Table 3
+  excludes it from "our methods", with §3.1.
+- Networks, z, initialisation: lsgan.py's, which are DCGAN's, on 32x32 pixels; theirs are larger. D's batch norm is
+  that of DCGAN; §3.2 calls it a form of what it does itself.
+- The numbers of Adam are DCGAN's (ImageNet's code: 4e-4). Batches are drawn with replacement, not by epochs.
+- --width 16, --steps 3000, for two CPU cores and minutes."""
 from functools import partial
 
+import lsgan
 import torch
-import wgan_gp
 from torch import cuda, nn
 from torch.nn.functional import softplus
 from common import batches, load_images, save_animation, save_images
-from wgan_gp import folder, main, resume, rounds, save
+from lsgan import folder, init, main, resume, rounds, save
 
-# ---- Networks: 4x4 kernels, as in WGAN's code; from 4x4 pixels on every layer doubles or halves the image --------
-class Generator(nn.Sequential):
-    """G(z): latents -> images in [-1, 1].  (m, nz) -> (m, channels, size, size).  ValueError for another size"""
+# ---- The techniques ----------------------------------------------------------------------------------------------
+class MinibatchDiscrimination(nn.Module):
+    """§3.2  o(x), how near the other images of the batch are, of features f(x).  (m, A) -> (m, B)"""
+    def __init__(self, A, B=100, C=5):
+        super().__init__()
+        self.T, self.bias = nn.Parameter(torch.randn(A, B, C)), nn.Parameter(torch.zeros(B))
+
+    def distances(self, f):
+        M = torch.einsum("ia,abc->bic", f, self.T)
+        return torch.cdist(M, M, p=1)                           # ‖M_ib − M_jb‖₁  (B, m, m)
+
+    def forward(self, f):
+        others = self.distances(f).neg().exp().sum(2) - 1       # without the image itself, exp(0)
+        return others.T + self.bias
+
+    @torch.no_grad()
+    def start(self, f):
+        """Scales T and sets the bias so that on f distances to the nearest image have mean 2, and o has mean 0"""
+        nearest = self.distances(f).kthvalue(2).values          # the first is the image itself
+        self.T *= 2 / nearest.mean(1, keepdim=True)
+        self.bias -= self(f).mean(0)
+
+
+class VirtualBatchNorm(nn.Module):
+    """§3.5  The first n_ref examples of x, the reference, are normalised by their own mean and variance; each other
+    one by those of a batch of itself and the reference.  (n_ref + m, n, H, W) -> (n_ref + m, n, H, W)"""
+    def __init__(self, n, n_ref=64):
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(1 + 0.02 * torch.randn(n)), nn.Parameter(torch.zeros(n))
+        self.n_ref = n_ref
+
+    def forward(self, x):
+        own = torch.stack([x.mean((2, 3)), x.square().mean((2, 3))])            # E[x], E[x²]  (2, n_ref + m, n)
+        reference = own[:, :self.n_ref].mean(1, keepdim=True)
+        mixed = (self.n_ref * reference + own[:, self.n_ref:]) / (self.n_ref + 1)
+        mean, square = torch.cat([reference.expand(-1, self.n_ref, -1), mixed], 1)
+        scale = self.gamma / (square - mean ** 2 + 1e-5).sqrt()
+        return x * scale[..., None, None] + (self.beta - mean * scale)[..., None, None]
+
+
+# ---- Networks: DCGAN's, of lsgan.py, with them -------------------------------------------------------------------
+class Generator(lsgan.Generator):
+    """G(z): latents -> images in [-1, 1].  (m, nz) -> (m, channels, size, size).  ValueError: wrong size"""
     def __init__(self, nz=100, channels=1, size=32, width=16, vbn=True):
-        if size not in (16, 32, 64, 128, 256):
-            raise ValueError(f"--size must be 16, 32, 64, 128 or 256, not {size}")
-        norm, n = VirtualBatchNorm if vbn else nn.BatchNorm2d, width * size // 8
-        layers = [nn.Unflatten(1, (nz, 1, 1)), nn.ConvTranspose2d(nz, n, 4, 1, 0, bias=False)]      # (m, n, 4, 4)
-        while n > width:
-            layers += [norm(n), nn.ReLU(True), nn.ConvTranspose2d(n, n // 2, 4, 2, 1, bias=False)]
-            n //= 2                                             # (m, n, 8, 8), ..., (m, width, size/2, size/2)
-        layers += [norm(n), nn.ReLU(True), nn.ConvTranspose2d(n, channels, 4, 2, 1, bias=False)]
-        super().__init__(*layers, nn.Tanh())                    # (m, channels, size, size)
+        super().__init__(nz, channels, size, width)
         self.register_buffer("reference", torch.randn(64 if vbn else 0, nz))    # §3.5  chosen once
+        for i, layer in enumerate(self):
+            if vbn and isinstance(layer, nn.BatchNorm2d):
+                self[i] = VirtualBatchNorm(layer.num_features)
 
     def forward(self, z):
         return super().forward(torch.cat([self.reference, z]))[len(self.reference):]
 
 
-class VirtualBatchNorm(nn.Module):
-    """§3.5  The first B examples of x, the reference, are normalised by their own mean and variance; each other by
-    those of the B + 1 examples that it is with them.  (B + m, n, H, W) -> (B + m, n, H, W)"""
-    def __init__(self, n, B=64):
+class Discriminator(nn.Module):
+    """D(x): images -> logits of being real.  (m, channels, size, size) -> (m,).  kernels=0: DCGAN's"""
+    def __init__(self, channels=1, size=32, width=16, kernels=100):
         super().__init__()
-        self.gamma, self.beta, self.B = nn.Parameter(torch.ones(n)), nn.Parameter(torch.zeros(n)), B
+        *layers, last, _ = lsgan.Discriminator(channels, size, width)
+        self.f, self.o = nn.Sequential(*layers), MinibatchDiscrimination(last.in_features, kernels)
+        self.last = nn.Linear(last.in_features + kernels, 1, bias=False)
+        self.last.apply(init)
 
     def forward(self, x):
-        own = torch.stack([x.mean((2, 3)), x.square().mean((2, 3))])            # (2, B + m, n)
-        reference = own[:, :self.B].mean(1, keepdim=True).expand(-1, self.B, -1)
-        mixed = (self.B * reference[:, :1] + own[:, self.B:]) / (self.B + 1)
-        mean, square = torch.cat([reference, mixed], 1)
-        scale = self.gamma / (square - mean ** 2 + 1e-5).sqrt()
-        return x * scale[..., None, None] + (self.beta - mean * scale)[..., None, None]
+        f = self.f(x)                                           # (m, A)
+        return self.last(torch.cat([f, self.o(f)], 1)).squeeze(1)
 
 
-class Discriminator(nn.Sequential):
-    """D(x): images -> logits of being real.  (m, channels, size, size) -> (m,)"""
-    def __init__(self, channels=1, size=32, width=16, kernels=50):
-        n = width
-        layers = [nn.Conv2d(channels, n, 4, 2, 1), nn.LeakyReLU(0.2)]               # (m, n, size/2, size/2)
-        while n < width * size // 8:
-            layers += [nn.Conv2d(n, 2 * n, 4, 2, 1), nn.LeakyReLU(0.2)]
-            n *= 2                                              # (m, n, size/4, size/4), ..., (m, n, 4, 4)
-        layers += [nn.Flatten(), MinibatchDiscrimination(16 * n, kernels)]          # f(x), (m, A), (m, A + B)
-        super().__init__(*layers, nn.Linear(16 * n + kernels, 1), nn.Flatten(0))
-
-
-class MinibatchDiscrimination(nn.Module):
-    """§3.2  f(x) -> [f(x), o(x)], for the images of one batch.  (m, A) -> (m, A + B)"""
-    def __init__(self, A, B=50, C=5):
-        super().__init__()
-        self.T = nn.Parameter(torch.randn(A, B, C) / A ** 0.5)
-
-    def forward(self, f):
-        M = torch.einsum("ma,abc->bmc", f, self.T)
-        c = (-torch.cdist(M, M, p=1)).exp()                     # (B, m, m)
-        return torch.cat([f, c.sum(1).T - 1], 1)                # without the image itself, exp(0)
-
-
-def distance(weights, means):
-    """§3.3  ‖θ - 1/t Σ θ[i]‖²: the sum over all weights of their squared distance from their mean so far -> ()"""
-    return sum((each - mean).square().sum() for each, mean in zip(weights, means))
-
-
-# ---- DCGAN with §3.2-3.5 -----------------------------------------------------------------------------------------
+# ---- DCGAN with §3.2, 3.4, 3.5 -----------------------------------------------------------------------------------
 def train(
-    minibatch=True,         # §3.2      minibatch discrimination
-    kernels=50,             # B         its kernels
-    history=0.0,            # §3.3      weight of historical averaging
+    minibatch=True,         # §3.2      minibatch discrimination in D
+    kernels=100,            # B         its kernels
     smooth=0.9,             # §3.4 α    label of real images; 1: no smoothing
     vbn=True,               # §3.5      virtual batch normalisation in G; else batch normalisation
     lr=2e-4,                #           Adam: step size
@@ -122,10 +134,12 @@ def train(
     images = load_images(dataset, digit, size, channels, root)
     config["images"], config["channels"] = images.shape[:2]
     P_r = batches(images, batch_size, device)
-    G = Generator(nz, images.shape[1], size, width, vbn).to(device)
-    D = Discriminator(images.shape[1], size, width, kernels if minibatch else 0).to(device)
-    G_mean, D_mean = deepcopy(G).requires_grad_(False), deepcopy(D).requires_grad_(False)
-    theta, w = list(G.parameters()), list(D.parameters())
+    G = Generator(nz, images.shape[1], size, width, vbn).to(device, memory_format=torch.channels_last)
+    D = Discriminator(images.shape[1], size, width, kernels if minibatch else 0)
+    D = D.to(device, memory_format=torch.channels_last)
+    if minibatch:
+        D.o.start(D.f(next(P_r)))
+    theta, w = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))
     opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), fused=True, capturable=graph)
     opt_D = torch.optim.Adam(w, lr, (beta1, beta2), fused=True, capturable=graph)
     fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
@@ -135,27 +149,24 @@ def train(
         z = torch.randn(len(x), nz, device=device)
         with torch.no_grad():
             x_tilde = G(z)
-        D_x, D_x_tilde = D(x), D(x_tilde)                                       # §3.2  two batches, apart
-        L_D = (smooth * softplus(-D_x) + (1 - smooth) * softplus(D_x) + softplus(D_x_tilde)).mean()     # §3.4
+        D_x, D_x_tilde = D(x), D(x_tilde)                     # §3.2  two batches, apart
+        L_D = smooth * softplus(-D_x) + (1 - smooth) * softplus(D_x) + softplus(D_x_tilde)      # §3.4
         opt_D.zero_grad()
-        (L_D + history * distance(w, D_mean.parameters())).backward(inputs=w)   # §3.3
+        L_D.mean().backward(inputs=w)
         opt_D.step()
         z = torch.randn(batch_size, nz, device=device)
-        L_G = softplus(-D(G(z))).mean()
+        L_G = softplus(-D(G(z)))                              # −log D(G(z))
         opt_G.zero_grad()
-        (L_G + history * distance(theta, G_mean.parameters())).backward(inputs=theta)
+        L_G.mean().backward(inputs=theta)
         opt_G.step()
-        for means, opt in (D_mean, opt_D), (G_mean, opt_G):
-            for mean, now in zip(means.parameters(), opt.param_groups[0]["params"]):
-                mean.lerp_(now.detach(), 1 / (opt.state[now]["step"] + 1))      # 1/t Σ θ[i], the first θ too
-        return dict(L_D=L_D, L_G=L_G)
+        return dict(L_D=L_D.mean(), L_G=L_G.mean())
 
-    states = dict(G=G, D=D, G_mean=G_mean, D_mean=D_mean, opt_G=opt_G, opt_D=opt_D)    # all that a checkpoint keeps
+    states = dict(G=G, D=D, opt_G=opt_G, opt_D=opt_D)         # all that a checkpoint keeps
     real, out = next(P_r)[:64], folder(__file__, config)
     rows = resume(out, config, states)
     save_images(real, out / "real.png")                       # as D sees them
     for row in rounds(iteration, config, rows):               # every save_every iterations
-        G.eval()                                              # by running statistics: each depends on its z alone
+        G.eval()                                              # each depends on its z alone, as with VBN always
         save_images(G(fixed_z).detach(), out / f"{row['step']:06d}.png")
         G.train()
         save(out, config, states, rows)
@@ -163,8 +174,8 @@ def train(
     return G.eval(), D
 
 
-load = partial(wgan_gp.load, network=Generator)
-generate = partial(wgan_gp.generate, load=load)
+load = partial(lsgan.load, network=Generator)
+generate = partial(lsgan.generate, load=load)
 
 if __name__ == "__main__":
     main(train, generate)

@@ -7,29 +7,31 @@ margin Δ, their distance: where G(z) is close to x, little is asked, and D work
     min_θ E[L_θ(x)] + λ E[(Δ(x, G(z)) + L_θ(x) - L_θ(G(z)))₊]      (6)        min_φ E[L_θ(G_φ(z))]      (7)
 
 Differs from the paper, or from its author's code:
-- Clipping to 0.08 after D's update is from his GLS-GAN (a leaky hinge: --slope). The paper has weight decay, and
-  clipping as an alternative; his codes no decay. With it: --c 1000 --weight-decay 0.001 (our number).
-- Δ is 0.0002 times the sum of 3x64x64 differences in his code. τ keeps that for the same mean difference at any
-  size; with 0.0002 times the sum on MNIST, a 12th of that, G collapsed.
-- E[L_θ(x)] has the weight 1 in (6), 0 in his code, whose pairs are x_i and G(z_i) only; (8) has all.
-- lr is that of his first code, 2e-4 in GLS-GAN's; the paper's, 0.001, falls by epochs. Networks, z and batches are
+- D ends in a softplus, log(1 + eˢ). Where E[L_θ(x)] counts, L_θ must be at least 0: a constant taken off it lowers
+  (6), and leaves the hinge as it is. His lsgan.lua ends in a ReLU, with which D was stuck at 0 on ten digits here.
+  E[L_θ(x)] has no weight there, nor in glsgan.lua, whose D ends linear, as here with --real-weight 0.
+- Weights are clipped to [-c, c] after D's update, as in glsgan.lua (where the hinge may leak: --slope), batch norm's,
+  too: they are 0.08 from the first step on. The paper has weight decay, and clipping as an alternative.
+- Δ is the mean difference of pixels times τ; in his codes 0.0002 times the sum of 3x64x64 differences, which is the
+  same there. His pairs are x_i and G(z_i) only; (8) has all. His G learns from the images that D has just seen.
+- lr is that of lsgan.lua (glsgan.lua: 2e-4); the paper's, 0.001, falls by epochs. Networks, z and batches are
   wgan.py's (his z: uniform). --width 16, --steps 6000, for two CPU cores and minutes; his code: 25 epochs."""
 import torch
-from torch import cuda
+from torch import cuda, nn
 from common import batches, load_images, save_animation, save_images
 from wgan import Critic as Discriminator, Generator, folder, generate, load, main, resume, rounds, save
 
 # ---- The margin --------------------------------------------------------------------------------------------------
 def margin(x, x_tilde, tau):
-    """Δ = τ ‖x - x_tilde‖₁ of all pairs, the sum over all pixels.  (n, ...), (m, ...) -> (n, m)"""
-    return tau * torch.cdist(x.flatten(1), x_tilde.flatten(1), p=1)
+    """Δ = τ times the mean |x - x_tilde| over the pixels of all pairs of images.  (n, ...), (m, ...) -> (n, m)"""
+    return tau * torch.cdist(x.flatten(1), x_tilde.flatten(1), p=1) / x[0].numel()
 
 
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------------
 def train(
     lam=2.0,                # λ         weight of the hinge: 0.5, 1 or 2 in the paper, by cross-validation
-    real_weight=1.0,        #           of E[L_θ(x)]: 1 in (6), 0 in the author's code
-    tau=2.4576,             # τ         Δ is this times the mean |x - x_tilde| of all values of a pair of images
+    real_weight=1.0,        #           of E[L_θ(x)]: 1 in (6), 0 in the author's codes
+    tau=2.4576,             # τ         the margin is this times the mean difference of two images' pixels
     slope=0.0,              #           of the hinge below 0, for GLS-GAN.  0: LS-GAN;  1, with real_weight 0: WGAN
     c=0.08,                 #           the weights of D are clipped to [-c, c]
     weight_decay=0.0,       # γ         weight decay, as the gradient of γ/2 ‖·‖²: of D's weights, and of G's
@@ -41,7 +43,7 @@ def train(
     nz=100,                 # z         dimensions of the latent variable
     width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: as in WGAN's code
     # The images
-    dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
+    dataset="mnist",        # P_data    mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,      #           only this class, 0 to 9
     size=32,                #           width and height in pixels: 16, 32, 64, 128 or 256
     channels: int = None,   #           1 grey, 3 RGB (what the data set has; a folder: 3)
@@ -61,22 +63,24 @@ def train(
     torch.manual_seed(seed)
     images = load_images(dataset, digit, size, channels, root)
     config["images"], config["channels"] = images.shape[:2]
-    P_r = batches(images, batch_size, device)
+    P_data = batches(images, batch_size, device)
     G = Generator(nz, images.shape[1], size, width).to(device, memory_format=torch.channels_last)
-    D = Discriminator(images.shape[1], size, width).to(device, memory_format=torch.channels_last)
+    D = Discriminator(images.shape[1], size, width)
+    D = nn.Sequential(D, nn.Softplus() if real_weight else nn.Identity())       # (6) has a minimum: L_θ(x) >= 0
+    D = D.to(device, memory_format=torch.channels_last)
     phi, theta = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))
     opt_G = torch.optim.Adam(phi, lr, (beta1, beta2), weight_decay=weight_decay, fused=True, capturable=graph)
     opt_D = torch.optim.Adam(theta, lr, (beta1, beta2), weight_decay=weight_decay, fused=True, capturable=graph)
     fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
 
     def iteration():                                      # repeat   (with one update of θ for each of φ)
-        x = next(P_r)                                     #   x_1, ..., x_n ~ P_data
+        x = next(P_data)                                  #   x_1, ..., x_n ~ P_data
         z = torch.randn(len(x), nz, device=device)        #   z_1, ..., z_m ~ P_z
         with torch.no_grad():
             x_tilde = G(z)
         # Two passes: G's step shows D a batch of generated images, and batch norm must see the same here.
         L_x, L_x_tilde = D(x), D(x_tilde)
-        a = margin(x, x_tilde, tau / x[0].numel()) + L_x[:, None] - L_x_tilde       # (n, m)
+        a = margin(x, x_tilde, tau) + L_x[:, None] - L_x_tilde            # (n, m)
         hinge = torch.maximum(a, slope * a).mean(1)       #   (Δ(x_i, G(z_j)) + L_θ(x_i) − L_θ(G(z_j)))₊
         L_D = real_weight * L_x + lam * hinge
         opt_D.zero_grad()
@@ -93,7 +97,7 @@ def train(
         return dict(L_D=L_D.mean(), L_G=L_G.mean(), hinge=hinge.mean(), real=L_x.mean())
 
     states = dict(G=G, D=D, opt_G=opt_G, opt_D=opt_D)         # all that a checkpoint keeps
-    real, out = next(P_r)[:64], folder(__file__, config)
+    real, out = next(P_data)[:64], folder(__file__, config)
     rows = resume(out, config, states)
     save_images(real, out / "real.png")                       # as D sees them
     for row in rounds(iteration, config, rows):               # every save_every iterations

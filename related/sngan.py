@@ -22,9 +22,9 @@ class Discriminator(nn.Sequential):
     """D(x): images -> scores.  (m, channels, size, size) -> (m,).  Every layer is normalised; no batch norm"""
     def __init__(self, channels=1, size=32, width=16):
         n = width
-        layers = [SpectralConv2d(channels, n, 4, 2, 1), nn.LeakyReLU(0.2)]          # (m, n, size/2, size/2)
+        layers = [SpectralConv2d(channels, n, 4, 2, 1), nn.LeakyReLU(0.2, True)]          # (m, n, size/2, size/2)
         while n < width * size // 8:
-            layers += [SpectralConv2d(n, 2 * n, 4, 2, 1), nn.LeakyReLU(0.2)]
+            layers += [SpectralConv2d(n, 2 * n, 4, 2, 1), nn.LeakyReLU(0.2, True)]
             n *= 2                                              # (m, n, size/4, size/4), ..., (m, n, 4, 4)
         super().__init__(*layers, SpectralConv2d(n, 1, 4, 1, 0), nn.Flatten(0))     # (m, 1, 1, 1), (m,)
 
@@ -55,7 +55,8 @@ def normalize(W, u):
 
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------------
 def train(
-    # Setting C;  A: --lr 1e-4 --beta2 0.9 --n-dis 5;  D: --lr 1e-3 --beta2 0.9 --n-dis 5;  E: D with --beta2 0.999
+    # Setting C;  A: --lr 1e-4 --beta2 0.9 --n-dis 5;  B: --lr 1e-4;  D: --lr 1e-3 --beta2 0.9 --n-dis 5;
+    # E: --lr 1e-3 --n-dis 5;  F: E with --beta1 0.9
     lr=2e-4,                # α         Adam: step size
     beta1=0.5,              # β₁        Adam: decay of the first moment
     beta2=0.999,            # β₂        Adam: decay of the second moment
@@ -65,7 +66,7 @@ def train(
     nz=100,                 # z         dimensions of the latent variable
     width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: as in WGAN's code
     # The images
-    dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
+    dataset="mnist",        # q_data    mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,      #           only this class, 0 to 9
     size=32,                #           width and height in pixels: 16, 32, 64, 128 or 256
     channels: int = None,   #           1 grey, 3 RGB (what the data set has; a folder: 3)
@@ -85,7 +86,7 @@ def train(
     torch.manual_seed(seed)
     images = load_images(dataset, digit, size, channels, root)
     config["images"], config["channels"] = images.shape[:2]
-    P_r = batches(images, batch_size, device)
+    q_data = batches(images, batch_size, device)
     G = Generator(nz, images.shape[1], size, width).to(device, memory_format=torch.channels_last)
     D = Discriminator(images.shape[1], size, width).to(device, memory_format=torch.channels_last)
     theta, w = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))
@@ -95,7 +96,7 @@ def train(
 
     def iteration():
         for _ in range(n_dis):                                # for each update
-            x = next(P_r)                                     #   x ~ q_data
+            x = next(q_data)                                  #   x ~ q_data
             z = torch.randn(len(x), nz, device=device)        #   z ~ p(z)
             with torch.no_grad():
                 x_tilde = G(z)
@@ -106,14 +107,14 @@ def train(
             L_D.mean().backward(inputs=w)                     # 3: W ← W − α ∇_W ℓ(W̄(W), D_M), by Adam
             opt_D.step()
         z = torch.randn(batch_size, nz, device=device)
-        L_G = -D.eval()(G(z))                                 # by one step more, which is not kept
+        L_G = -D.eval()(G(z))                                 # σ of the new W by one step more; eval(): u stays
         opt_G.zero_grad()
         L_G.mean().backward(inputs=theta)                     # (17) min_G −E[D(G(z))]
         opt_G.step()
         return dict(L_D=L_D.mean(), L_G=L_G.mean())
 
     states = dict(G=G, D=D, opt_G=opt_G, opt_D=opt_D)         # all that a checkpoint keeps
-    real, out = next(P_r)[:64], folder(__file__, config)
+    real, out = next(q_data)[:64], folder(__file__, config)
     rows = resume(out, config, states)
     save_images(real, out / "real.png")                       # as D sees them
     for row in rounds(iteration, config, rows):               # every save_every iterations

@@ -3,27 +3,34 @@ Scott Reed, Zeynep Akata, Xinchen Yan, Lajanugen Logeswaran, Bernt Schiele, Hong
 
 First φ learns to make of a text, letter by letter, a vector that fits the images it describes, and no others; then
 it stays as it is. G draws from noise and a text's vector. D sees an image and a text, and says no to a generated
-image, and to a real one with the text of another class (CLS). G also gets vectors between two texts (INT).
+image, and to a real one with the text of another (CLS). G also gets vectors between two texts (INT).
 
-    L_φ = mean max(0, 1 + <v_i, t_j> - <v_i, t_i>) + max(0, 1 + <v_j, t_i> - <v_i, t_i>), j of other classes (2)-(4)
+    L_φ = mean max(0, 1 + <v_i, t_j> - <v_i, t_i>) + max(0, 1 + <v_j, t_i> - <v_i, t_i>), j of other meanings
     L_D = log D(x, h) + (log(1 - D(x, ĥ)) + log(1 - D(G(z, h), h))) / 2                          Algorithm 1
-    L_G = log D(G(z, h), h), and half as much with h = β h₁ + (1 - β) h₂, β = 0.5                (5)
+    L_G = log D(G(z, h), h), for half as many again with h = β h₁ + (1 - β) h₂, β = 0.5          line 12, (5)
 
 `--generate 5 --text "a thin seven"` draws five images of a text.
 
-Differs from the paper:
-- Texts are caption()'s: digits, and how thick and slanted they are. It shows how this works, not how far it goes.
-- φ is smaller, and v, there GoogLeNet's features, learns with it; Adam. G and D are DCGAN's, on 32x32 pixels."""
+Differs from the paper, or from its authors' code:
+- Texts are caption()'s: ten digits, thin, thick or neither, leaning left, right or neither. These 90 meanings are
+  the classes. It shows how this works, not how far it goes.
+- φ is smaller, and v, there GoogLeNet's features, learns with it; Adam, 1e-3. (2)-(4) are classifiers' errors; the
+  hinge for them is that of the code, which has one image of each class in a batch.
+- t̂ is the text of the next image in the batch, and does not count if it means the same; the code has for each text
+  an image of another class, which comes to the same. The share of (5) is the code's; its log(1 - D) is here -log D.
+- Lines 11 and 13 are printed with the opposite sign.
+- G and D are lsgan.py's, on 32x32 pixels, h goes through 64 dimensions (theirs: 64x64, with residual blocks; 128),
+  and is of one text (theirs: a mean of four). lr stays; theirs is halved every 100 of 600 epochs."""
 import re
 from argparse import ArgumentParser
 from functools import partial
 
+import lsgan
 import torch
-import wgan_gp
 from torch import cuda, nn
 from torch.nn.functional import softplus
 from common import load_images, load_set, save_animation, save_images
-from wgan_gp import folder, resume, rounds, save
+from lsgan import folder, init, resume, rounds, save
 
 # ---- Texts -------------------------------------------------------------------------------------------------------
 NAMES = "zero one two three four five six seven eight nine".split()
@@ -45,11 +52,11 @@ def looks(x):
     return torch.stack([(thickness > 0.9).long() + (thickness > 1.1), (slant > 0).long() + (slant > 0.25)], dim=1)
 
 
-def caption(label, image, rng=None):
-    """Texts like "a picture of a thin seven leaning left"; rng: torch.Generator.  (m,), uint8 (m, 1, H, W) -> m"""
-    phrases = torch.randint(len(PHRASES), (len(label),), generator=rng)
+def caption(meanings, rng=None):
+    """Texts like "a picture of a thin seven leaning left"; rng: torch.Generator.  digit, looks (m, 3) -> m texts"""
+    phrases = torch.randint(len(PHRASES), (len(meanings),), generator=rng)
     return [PHRASES[phrase].format(STROKES[stroke] + NAMES[digit] + SLANTS[slant])
-            for phrase, digit, (stroke, slant) in zip(phrases, label, looks(image))]
+            for phrase, (digit, stroke, slant) in zip(phrases, meanings)]
 
 
 def encode(texts, length=64):
@@ -70,32 +77,26 @@ class TextEncoder(nn.Module):
         return self.last(self.rnn(h.transpose(1, 2))[0].mean(1))
 
 
-class Generator(nn.Sequential):
+class Generator(nn.Module):
     """G(z, h): latents and texts -> images in [-1, 1].  (m, nz), (m, nh) -> (m, 1, 32, 32)"""
     def __init__(self, nz=100, nh=64, width=16):
-        super().__init__(
-            nn.Unflatten(1, (nz + nh, 1, 1)),                   # then 4x4, 8x8, 16x16, 32x32 pixels
-            nn.ConvTranspose2d(nz + nh, 4 * width, 4, bias=False), nn.BatchNorm2d(4 * width), nn.ReLU(True),
-            nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * width), nn.ReLU(True),
-            nn.ConvTranspose2d(2 * width, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True),
-            nn.ConvTranspose2d(width, 1, 4, 2, 1, bias=False), nn.Tanh())
+        super().__init__()
+        self.text = nn.Sequential(nn.Linear(nh, nh), nn.LeakyReLU(0.2, True))
+        self.image = lsgan.Generator(nz + nh, width=width)
 
     def forward(self, z, h):
-        return super().forward(torch.cat([z, h], 1))
+        return self.image(torch.cat([z, self.text(h)], 1))
 
 
 class Discriminator(nn.Module):
     """D(x, h): images and texts -> logits of x being real, and what h says.  (m, 1, 32, 32), (m, nh) -> (m,)"""
     def __init__(self, nh=64, width=16):
         super().__init__()
-        n, self.text = width, nn.Sequential(nn.Linear(nh, nh), nn.BatchNorm1d(nh), nn.LeakyReLU(0.2))
-        self.image = nn.Sequential(
-            nn.Conv2d(1, n, 4, 2, 1, bias=False), nn.LeakyReLU(0.2),
-            nn.Conv2d(n, 2 * n, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * n), nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * n, 4 * n, 4, 2, 1, bias=False), nn.BatchNorm2d(4 * n), nn.LeakyReLU(0.2))     # 4x4 pixels
-        self.both = nn.Sequential(
-            nn.Conv2d(4 * n + nh, 4 * n, 1, bias=False), nn.BatchNorm2d(4 * n), nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * n, 1, 4, bias=False), nn.Flatten(0))
+        *layers, _, _, _ = lsgan.Discriminator(width=width)
+        self.image, n = nn.Sequential(*layers), 4 * width                           # (m, n, 4, 4)
+        self.text = nn.Sequential(nn.Linear(nh, nh), nn.BatchNorm1d(nh), nn.LeakyReLU(0.2, True))
+        self.both = nn.Sequential(nn.Conv2d(n + nh, n, 1, bias=False), nn.BatchNorm2d(n), nn.LeakyReLU(0.2, True),
+                                  nn.Conv2d(n, 1, 4, bias=False), nn.Flatten(0)).apply(init)
 
     def forward(self, x, h):
         h = self.text(h)[:, :, None, None].expand(-1, -1, 4, 4)
@@ -103,7 +104,7 @@ class Discriminator(nn.Module):
 
 
 def joint_embedding(v, t, y):
-    """(2)-(4)  The hinge loss of images v and texts t of classes y.  (m, nh), (m, nh), (m,) -> ()"""
+    """(2)-(4)  The hinge loss of images v and texts t of meanings y.  (m, nh), (m, nh), (m,) -> ()"""
     score = v @ t.T
     wrong = (1 + score - score.diagonal()[:, None]).relu() + (1 + score - score.diagonal()).relu()
     return (wrong * (y[:, None] != y)).sum() / len(y) ** 2
@@ -128,29 +129,26 @@ def train(
         raise ValueError(f"--dataset must be mnist, of whose digits the texts speak, not {dataset}")
     torch.manual_seed(seed)
     G, D, phi = (it.to(device) for it in (Generator(width=width), Discriminator(width=width), TextEncoder()))
-    for layer in [*G.modules(), *D.modules()]:                  # as DCGAN: N(0, 0.02), batch norm N(1, 0.02)
-        if hasattr(layer, "weight"):
-            nn.init.normal_(layer.weight, 1 if "BatchNorm" in type(layer).__name__ else 0, 0.02)
     v = nn.Sequential(Discriminator().image, nn.Flatten(), nn.Linear(1024, 64)).to(device)
     theta, w, omega = list(G.parameters()), list(D.parameters()), [*phi.parameters(), *v.parameters()]
     opt_G, opt_D = (torch.optim.Adam(each, lr, (0.5, 0.999), fused=True) for each in (theta, w))
     opt_phi = torch.optim.Adam(omega, 1e-3, fused=True)
-    x_all, (_, y_all) = load_images(dataset), load_set(dataset)
-    unseen = 2 * torch.stack([y_all % 2, y_all // 2 % 2], 1)        # one look of each digit is left out
-    seen = (looks(x_all) != unseen).any(1).nonzero()[:, 0]
+    x_all, (_, digits) = load_images(dataset), load_set(dataset)
+    meanings = torch.cat([digits[:, None], looks(x_all)], 1)
+    unseen = torch.stack([digits, digits % 2 * 2, digits // 2 % 2 * 2], 1)      # one look of each digit is left out
+    seen = (meanings != unseen).any(1).nonzero()[:, 0]
     fixed_z = torch.randn(6, 100, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
 
     def iteration():                                                #  2: for n = 1, ..., S do
         nonlocal step
         step += 1
-        i = seen[torch.randint(len(seen), (batch_size,))]
-        x, y = x_all[i], y_all[i]                                   #  1: images x, matching text t,
-        t, t_hat = (encode(caption(each, x)).to(device)             #     mismatching t̂: of another class
-                    for each in (y, (y + torch.randint(1, 10, y.shape)) % 10))
-        meaning, x = (looks(x) @ torch.tensor([3, 1]) + 9 * y).to(device), x.to(device) / 127.5 - 1
+        i = seen[torch.randint(len(seen), (batch_size,))]           #  1: images x, matching text t,
+        x, meaning = x_all[i].to(device) / 127.5 - 1, meanings[i]   #     mismatching t̂: of another image
+        t, t_hat = (encode(caption(each)).to(device) for each in (meaning, meaning.roll(-1, 0)))
         L_phi = L_D = L_G = torch.zeros((), device=device)
         if step <= pretrain:
-            L_phi = joint_embedding(v(x), phi(t), meaning)
+            y = (meaning @ torch.tensor([9, 3, 1])).to(device)
+            L_phi = joint_embedding(v(x), phi(t), y)
             opt_phi.zero_grad()
             L_phi.backward(inputs=omega)
             opt_phi.step()
@@ -161,7 +159,8 @@ def train(
             x_hat = G(z, h_G)                                       #  6: x̂ ← G(z, h)
             s_r, s_w = D(x, h), D(x, h_hat)                         #  7: s_r ← D(x, h);  8: s_w ← D(x, ĥ)
             s_f = D(x_hat[:len(h)].detach(), h)                     #  9: s_f ← D(x̂, h)
-            L_D = -softplus(-s_r) - (softplus(s_w) + softplus(s_f)) / 2     # 10: L_D ← log s_r + (log(1 − s_w) ...
+            other = (meaning != meaning.roll(-1, 0)).any(1).to(device)
+            L_D = -softplus(-s_r) - (other * softplus(s_w) + softplus(s_f)) / 2     # 10: L_D ← log s_r + (log(1 ...
             opt_D.zero_grad()
             (-L_D.mean()).backward(inputs=w)                        # 11: D ← D + α ∂L_D/∂D (printed: −)
             opt_D.step()
@@ -185,7 +184,7 @@ def train(
     return G.eval(), phi
 
 
-# ---- The run: as in wgan_gp.py, but for texts --------------------------------------------------------------------
+# ---- The run: as in lsgan.py, but for texts --------------------------------------------------------------------
 def load(checkpoint):
     """G and φ of a checkpoint.pt, on the CPU: z ~ N(0, 1), (n, 100), φ(encode(texts)) -> images in [-1, 1]"""
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -208,11 +207,11 @@ def generate(out, n, seed, device, text="a seven"):
 
 
 def main(argv=None):
-    """wgan_gp.py's command line, and --text, what --generate draws"""
+    """lsgan.py's command line, and --text, what --generate draws"""
     parser = ArgumentParser(add_help=False)
     parser.add_argument("--text", default="a seven")
     known, others = parser.parse_known_args(argv)
-    wgan_gp.main(train, partial(generate, text=known.text), others)
+    lsgan.main(train, partial(generate, text=known.text), others)
 
 
 if __name__ == "__main__":
