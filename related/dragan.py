@@ -41,7 +41,6 @@ def train(
     beta1=0.5,              # β₁        Adam: decay of the first moment
     beta2=0.9,              # β₂        Adam: decay of the second moment
     batch_size=64,          # m         images per batch
-    # The networks
     nz=100,                 # z         dimensions of the latent variable
     width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: as in WGAN's code
     # The images

@@ -1,27 +1,22 @@
 """Improved Techniques for Training GANs, §3.2, 3.4, 3.5 (NIPS 2016), https://arxiv.org/abs/1606.03498
 T. Salimans, I. Goodfellow, W. Zaremba, V. Cheung, A. Radford, X. Chen
 
-Three changes to DCGAN, each with a flag: D sees how alike a batch's images are (--minibatch), learns 0.9 for real
-ones (--smooth), and G normalises by a fixed batch (--vbn). Without all three this is DCGAN. §3.1 and §5 are in
-semi_supervised.py.
+Three changes to DCGAN: D sees how alike the images of a batch are, and learns 0.9 for real ones; G normalises by a
+fixed batch. `--kernels 0 --smooth 1 --no-vbn` is DCGAN. §3.1 and §5 are in semi_supervised.py.
 
     o(x_i)_b = Σ_{j≠i} exp(-‖M_ib - M_jb‖₁) + bias_b,   M_i = f(x_i) T                  §3.2
     L_D = E[-α log D(x) - (1 - α) log(1 - D(x))] - E log(1 - D(G(z)))                   §3.4
     L_G = -E log D(G(z))
 
 Differs from the paper, or from its authors' code:
-- §3.2 prints Σ over all j, which adds 1; "other" images are in its text, and in the code, as are the bias and the
-  start: T so that the nearest image is at a mean distance of 2, the bias so that o has mean 0. There T is
-  weight-normalised; here it is trained as it is.
-- The start is from one batch, as distances depend on its size; theirs is from 500 images.
-- B = 100, C = 5 are those of their code for MNIST and CIFAR-10 (ImageNet: 300, 50).
+- §3.2 prints Σ over all j, which adds 1; its text says "other". B = 100, C = 5, the bias and the start are those of
+  the code (ImageNet: 300, 50): T so that the nearest image is at a mean distance of 2, the bias so that o has mean
+  0, here for one batch, there for 500 images. T is weight-normalised there, and not here.
 - α = 0.9 is the paper's. Their only code with it (ImageNet's) has 0.75, and G aims at α/2.
 - §3.3, historical averaging, is not here: it is in no code of theirs, and has no weight in the paper, whose Table 3
-  excludes it from "our methods", with §3.1.
-- Networks, z, initialisation: lsgan.py's, which are DCGAN's, on 32x32 pixels; theirs are larger. D's batch norm is
-  that of DCGAN; §3.2 calls it a form of what it does itself.
-- The numbers of Adam are DCGAN's (ImageNet's code: 4e-4). Batches are drawn with replacement, not by epochs.
-- --width 16, --steps 3000, for two CPU cores and minutes."""
+  leaves it and §3.1 out of "our methods".
+- Networks, z, initialisation, batches: lsgan.py's, which are DCGAN's, on 32x32 pixels; theirs are larger. Adam's
+  numbers are DCGAN's (ImageNet's code: 4e-4). --width 16, --steps 3000, for two CPU cores and minutes."""
 from functools import partial
 
 import lsgan
@@ -101,15 +96,13 @@ class Discriminator(nn.Module):
 
 # ---- DCGAN with §3.2, 3.4, 3.5 -----------------------------------------------------------------------------------
 def train(
-    minibatch=True,         # §3.2      minibatch discrimination in D
-    kernels=100,            # B         its kernels
+    kernels=100,            # §3.2 B    kernels of minibatch discrimination in D; 0: none
     smooth=0.9,             # §3.4 α    label of real images; 1: no smoothing
     vbn=True,               # §3.5      virtual batch normalisation in G; else batch normalisation
     lr=2e-4,                #           Adam: step size
     beta1=0.5,              # β₁        Adam: decay of the first moment
     beta2=0.999,            # β₂        Adam: decay of the second moment
     batch_size=64,          # m         images per batch
-    # The networks
     nz=100,                 # z         dimensions of the latent variable
     width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: as in WGAN's code
     # The images
@@ -135,9 +128,8 @@ def train(
     config["images"], config["channels"] = images.shape[:2]
     P_r = batches(images, batch_size, device)
     G = Generator(nz, images.shape[1], size, width, vbn).to(device, memory_format=torch.channels_last)
-    D = Discriminator(images.shape[1], size, width, kernels if minibatch else 0)
-    D = D.to(device, memory_format=torch.channels_last)
-    if minibatch:
+    D = Discriminator(images.shape[1], size, width, kernels).to(device, memory_format=torch.channels_last)
+    if kernels:
         D.o.start(D.f(next(P_r)))
     theta, w = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))
     opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), fused=True, capturable=graph)

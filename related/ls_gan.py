@@ -10,8 +10,8 @@ Differs from the paper, or from its author's code:
 - D ends in a softplus, log(1 + eˢ). Where E[L_θ(x)] counts, L_θ must be at least 0: a constant taken off it lowers
   (6), and leaves the hinge as it is. His lsgan.lua ends in a ReLU, with which D was stuck at 0 on ten digits here.
   E[L_θ(x)] has no weight there, nor in glsgan.lua, whose D ends linear, as here with --real-weight 0.
-- Weights are clipped to [-c, c] after D's update, as in glsgan.lua (where the hinge may leak: --slope), batch norm's,
-  too: they are 0.08 from the first step on. The paper has weight decay, and clipping as an alternative.
+- Weights are clipped to [-c, c] after D's update, as in glsgan.lua (whose hinge may leak: --slope); so are batch
+  norm's, from about 1 to 0.08 at once. The paper has weight decay, and clipping as an alternative.
 - Δ is the mean difference of pixels times τ; in his codes 0.0002 times the sum of 3x64x64 differences, which is the
   same there. His pairs are x_i and G(z_i) only; (8) has all. His G learns from the images that D has just seen.
 - lr is that of lsgan.lua (glsgan.lua: 2e-4); the paper's, 0.001, falls by epochs. Networks, z and batches are
@@ -39,7 +39,6 @@ def train(
     beta1=0.5,              # β₁        Adam: decay of the first moment
     beta2=0.999,            #           Adam: decay of the second moment
     batch_size=64,          # n, m      images per batch
-    # The networks
     nz=100,                 # z         dimensions of the latent variable
     width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: as in WGAN's code
     # The images
@@ -65,8 +64,8 @@ def train(
     config["images"], config["channels"] = images.shape[:2]
     P_data = batches(images, batch_size, device)
     G = Generator(nz, images.shape[1], size, width).to(device, memory_format=torch.channels_last)
-    D = Discriminator(images.shape[1], size, width)
-    D = nn.Sequential(D, nn.Softplus() if real_weight else nn.Identity())       # (6) has a minimum: L_θ(x) >= 0
+    last = nn.Softplus() if real_weight else nn.Identity()    # L_θ(x) >= 0, without which (6) has no minimum
+    D = nn.Sequential(Discriminator(images.shape[1], size, width), last)
     D = D.to(device, memory_format=torch.channels_last)
     phi, theta = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))
     opt_G = torch.optim.Adam(phi, lr, (beta1, beta2), weight_decay=weight_decay, fused=True, capturable=graph)

@@ -7,11 +7,12 @@ classes; images without labels, and generated ones, where a class ends. G only m
     D(x) = Z / (Z + 1), Z = Σ_k exp l_k(x)      L_sup = -E log p(y | x, y < K + 1)
     L_unsup = -½ E log D(x) - ½ E log(1 - D(G(z)))      L_G = ‖E f(x) - E f(G(z))‖², a mean over f's components
 
-Differs from the authors' code for MNIST, whose networks and halves these are:
-- Pixels in [-1, 1]: tanh, not sigmoid, and twice the noise; G's last layer begins with larger v. lr 1e-3, as with
-  their 3e-3 L_G grew beyond bounds. --steps 12000, 20 epochs, for minutes; theirs: 300.
-- z is normal. Labelled images repeat in a batch. ε is added to Adam's root. D_ema, from 0, is divided by
-  1 - emaᵗ."""
+Differs from the paper, or from its authors' code for MNIST, whose networks these are:
+- The halves in L_unsup, and the mean over f's components, are the code's; the paper prints neither.
+- Pixels in [-1, 1]: tanh, not sigmoid, and twice the noise; G's last layer begins with larger v.
+- Batches are drawn with replacement, theirs permuted. As there, labelled images are among the unlabelled ones, too.
+- z is normal, there uniform. ε = 1e-4, added to Adam's root, is theirs, 1e-8 below the root. D_ema, from 0, is
+  divided by 1 - emaᵗ. --steps 12000, 20 epochs, for minutes; theirs: 300."""
 from copy import deepcopy
 from functools import partial
 
@@ -91,7 +92,6 @@ def train(
     beta2=0.999,            # β₂        Adam: decay of the second moment
     ema=0.9999,             #           decay of the moving average of D, which is tested
     batch_size=100,         # m         images per batch: labelled ones, unlabelled ones, and generated ones
-    # The networks
     nz=100,                 # z         dimensions of the latent variable
     width=500,              #           hidden units of G
     # The images

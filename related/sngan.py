@@ -14,43 +14,36 @@ Differs from the paper, or from its authors' code:
 - --width 16, --steps 6000, for two CPU cores and minutes; the authors: 100,000 updates of G."""
 import torch
 from torch import cuda, nn
+from torch.nn.functional import normalize
+from torch.nn.utils.parametrize import register_parametrization
 from common import batches, load_images, save_animation, save_images
-from wgan_gp import Generator, folder, generate, load, main, resume, rounds, save
-
-# ---- Networks: 4x4 kernels, as in WGAN's code; from 4x4 pixels on every layer doubles or halves the image --------
-class Discriminator(nn.Sequential):
-    """D(x): images -> scores.  (m, channels, size, size) -> (m,).  Every layer is normalised; no batch norm"""
-    def __init__(self, channels=1, size=32, width=16):
-        n = width
-        layers = [SpectralConv2d(channels, n, 4, 2, 1), nn.LeakyReLU(0.2, True)]          # (m, n, size/2, size/2)
-        while n < width * size // 8:
-            layers += [SpectralConv2d(n, 2 * n, 4, 2, 1), nn.LeakyReLU(0.2, True)]
-            n *= 2                                              # (m, n, size/4, size/4), ..., (m, n, 4, 4)
-        super().__init__(*layers, SpectralConv2d(n, 1, 4, 1, 0), nn.Flatten(0))     # (m, 1, 1, 1), (m,)
-
-
-class SpectralConv2d(nn.Conv2d):
-    """A convolution by W / σ(W); u moves with each pass in training mode.  (m, n_in, h, w) -> (m, n_out, h', w')"""
-    def __init__(self, n_in, n_out, kernel, stride, padding):
-        super().__init__(n_in, n_out, kernel, stride, padding)
-        self.register_buffer("u", torch.randn(n_out))           # of Algorithm 1; a checkpoint has it, too
-
-    def forward(self, x):
-        W_bar, u = normalize(self.weight, self.u)
-        if self.training:
-            self.u.copy_(u)
-        return self._conv_forward(x, W_bar, self.bias)
-
+from wgan_gp import Critic, Generator, folder, generate, load, main, resume, rounds, save
 
 # ---- Algorithm 1, lines 1 and 2, for the weight of one layer -----------------------------------------------------
-def normalize(W, u):
-    """W / σ(W) by one step of the power method from u, and the next u.  (d_out, ...), (d_out,) -> (the same two)"""
-    matrix = W.flatten(1)                                       # (d_out, d_in h w)
-    with torch.no_grad():                                       # u and v are constants, σ is not
-        v = nn.functional.normalize(matrix.T @ u, dim=0)                    # 1: v ← Wᵀu / ‖Wᵀu‖₂
-        u = nn.functional.normalize(matrix @ v, dim=0)                      #    u ← W v / ‖W v‖₂
-    sigma = u @ (matrix @ v)
-    return W / sigma, u                                         # 2: W̄ ← W / σ(W),  σ(W) = uᵀ W v
+class SpectralNorm(nn.Module):
+    """W -> W / σ(W); u moves each time in training mode.  (d_out, ...) -> (d_out, ...)"""
+    def __init__(self, d_out):
+        super().__init__()
+        self.register_buffer("u", torch.randn(d_out))           # so that a checkpoint has it, too
+
+    def forward(self, W):
+        matrix = W.flatten(1)                                   # (d_out, d_in h w)
+        with torch.no_grad():                                   # u and v are constants, σ is not
+            v = normalize(matrix.T @ self.u, dim=0)             # 1: v ← Wᵀu / ‖Wᵀu‖₂
+            u = normalize(matrix @ v, dim=0)                    #    u ← W v / ‖W v‖₂
+            if self.training:
+                self.u.copy_(u)
+        sigma = u @ (matrix @ v)
+        return W / sigma                                        # 2: W̄ ← W / σ(W),  σ(W) = uᵀ W v
+
+
+class Discriminator(Critic):
+    """D(x): images -> scores.  (m, channels, size, size) -> (m,).  Every layer is normalised; no batch norm"""
+    def __init__(self, channels=1, size=32, width=16):
+        super().__init__(channels, size, width)
+        for layer in self:
+            if hasattr(layer, "weight"):                        # which from now on is W̄ wherever it is read
+                register_parametrization(layer, "weight", SpectralNorm(len(layer.weight)))
 
 
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------------
@@ -62,7 +55,6 @@ def train(
     beta2=0.999,            # β₂        Adam: decay of the second moment
     n_dis=1,                # n_dis     updates of D per update of G
     batch_size=64,          #           images per batch
-    # The networks
     nz=100,                 # z         dimensions of the latent variable
     width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: as in WGAN's code
     # The images

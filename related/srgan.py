@@ -3,11 +3,10 @@ Ledig, Theis, Huszár, Caballero, Cunningham, Acosta, Aitken, Tejani, Totz, Wang
 
 G makes a picture four times as wide and high. Trained for the pixels' squared error alone (SRResNet), it paints the
 mean of all that may have been there: smooth. Then D, which tells its pictures from photographs, has a say, too.
+`--enlarge FOLDER` makes the pictures of a folder larger, by the run in OUT.
 
     l_SR = l_X + 10⁻³ l_Gen     (3)             l_MSE = mean (I_HR - G(I_LR))²                      (4)
     l_Gen = -log D(G(I_LR))     (6)             l_VGG = mean ((φ(I_HR) - φ(G(I_LR))) / 12.75)²      (5)
-
-`--dataset FOLDER` names the photographs, `--enlarge FOLDER` those that the run in OUT then makes larger.
 
 Differs from the paper:
 - l_X is l_MSE (their SRGAN-MSE); --content vgg54 (their SRGAN) or vgg22 downloads VGG-19's weights. SRResNet is

@@ -4,23 +4,21 @@ Scott Reed, Zeynep Akata, Xinchen Yan, Lajanugen Logeswaran, Bernt Schiele, Hong
 First φ learns to make of a text, letter by letter, a vector that fits the images it describes, and no others; then
 it stays as it is. G draws from noise and a text's vector. D sees an image and a text, and says no to a generated
 image, and to a real one with the text of another (CLS). G also gets vectors between two texts (INT).
+`--generate 5 --text "a thin seven"` draws five images of a text.
 
     L_φ = mean max(0, 1 + <v_i, t_j> - <v_i, t_i>) + max(0, 1 + <v_j, t_i> - <v_i, t_i>), j of other meanings
     L_D = log D(x, h) + (log(1 - D(x, ĥ)) + log(1 - D(G(z, h), h))) / 2                          Algorithm 1
     L_G = log D(G(z, h), h), for half as many again with h = β h₁ + (1 - β) h₂, β = 0.5          line 12, (5)
 
-`--generate 5 --text "a thin seven"` draws five images of a text.
-
 Differs from the paper, or from its authors' code:
-- Texts are caption()'s: ten digits, thin, thick or neither, leaning left, right or neither. These 90 meanings are
+- Texts are caption()'s: ten digits, thin, thick or neither, leaning left, right or neither: 90 meanings, which are
   the classes. It shows how this works, not how far it goes.
 - φ is smaller, and v, there GoogLeNet's features, learns with it; Adam, 1e-3. (2)-(4) are classifiers' errors; the
   hinge for them is that of the code, which has one image of each class in a batch.
-- t̂ is the text of the next image in the batch, and does not count if it means the same; the code has for each text
-  an image of another class, which comes to the same. The share of (5) is the code's; its log(1 - D) is here -log D.
-- Lines 11 and 13 are printed with the opposite sign.
-- G and D are lsgan.py's, on 32x32 pixels, h goes through 64 dimensions (theirs: 64x64, with residual blocks; 128),
-  and is of one text (theirs: a mean of four). lr stays; theirs is halved every 100 of 600 epochs."""
+- t̂ is the text of the next image in the batch, and does not count if it means the same; in the code each text gets
+  an image of another class. (5) has log(1 - D); -log D and its share are the code's. Lines 11 and 13 print a minus.
+- G and D are lsgan.py's, on 32x32 pixels; h goes through 64 dimensions, and is of one text. Theirs: 64x64, residual
+  blocks, 128, the mean of four texts, and lr halved every 100 of 600 epochs."""
 import re
 from argparse import ArgumentParser
 from functools import partial

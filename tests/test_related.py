@@ -2,7 +2,6 @@
 its defaults and with all of them changed.  And the runs of all eight"""
 import importlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from torchvision.transforms import functional as TF
 
 import common
@@ -21,8 +21,8 @@ from related.text2image import caption, encode, looks
 from truth import (Adam, Drawn, LinearGenerator, QuadraticCritic, assert_left, assert_same, described, flat,
                    parameter, read, training)
 
-image, by_theta = LinearGenerator.image, LinearGenerator.by_theta
-score, by_w, by_x = QuadraticCritic.score, QuadraticCritic.by_w, QuadraticCritic.by_x
+image, by_theta, score = LinearGenerator.image, LinearGenerator.by_theta, QuadraticCritic.score
+by_w, by_x = QuadraticCritic.by_w, QuadraticCritic.by_x
 OPTIMIZER = dict(lr=0.02, beta1=0.2, beta2=0.7)
 
 
@@ -56,11 +56,13 @@ def assert_three_equal_numpy(monkeypatch, script, k, changed, of_D,
 
 
 class SpectralCritic(nn.Sequential):
-    """D(x) = W̄₂ (W̄₁ x + b₁) + b₂ on images of 2x2 pixels; w: W₁ (2x4), b₁, W₂ (1x2), b₂"""
-    start = np.array([0.5, -0.2, 0.9, 0.1, 0.3, 0.8, -0.4, 0.6, 0.2, -0.1, 0.7, -0.5, 1.5])
+    """D(x) = W̄₂ (W̄₁ x + b₁) + b₂ on images of 2x2 pixels; w: b₁, W₁ (2x4), b₂, W₂ (1x2)"""
+    start = np.array([0.2, -0.1, 0.5, -0.2, 0.9, 0.1, 0.3, 0.8, -0.4, 0.6, 1.5, 0.7, -0.5])
 
     def __init__(self, *_):
-        super().__init__(sngan.SpectralConv2d(1, 2, 2, 1, 0), sngan.SpectralConv2d(2, 1, 1, 1, 0), nn.Flatten(0))
+        super().__init__(nn.Conv2d(1, 2, 2), nn.Conv2d(2, 1, 1), nn.Flatten(0))
+        for layer in list(self)[:2]:
+            register_parametrization(layer, "weight", sngan.SpectralNorm(len(layer.weight)), unsafe=True)
         nn.utils.vector_to_parameters(torch.tensor(self.start).float(), self.parameters())
 
 
@@ -79,7 +81,7 @@ def test_three_iterations_of_sngan_equal_numpy(monkeypatch, changed):
     for _ in range(3):
         for _ in range(k["n_dis"]):
             x, x_tilde = next(real), image(theta, next(latent))
-            W1, b1, W2, b2 = np.split(w, [8, 10, 12])
+            b1, W1, b2, W2 = np.split(w, [2, 10, 11])
             bar1, u1, v1, s1 = one_step(W1.reshape(2, 4), u1)               # u moves once for an update
             bar2, u2, v2, s2 = one_step(W2.reshape(1, 2), u2)
             D_x, D_x_tilde = (((each @ bar1.T + b1) @ bar2.T)[:, 0] + b2 for each in (x, x_tilde))
@@ -89,14 +91,14 @@ def test_three_iterations_of_sngan_equal_numpy(monkeypatch, changed):
             g2, g1 = (by_D[:, None] * (both @ bar1.T + b1)).sum(0)[None], np.outer(bar2[0], by_D @ both)
             g1, g2 = ((g - (g * bar).sum() * np.outer(u, v)) / s            # (12)
                       for g, bar, u, v, s in ((g1, bar1, u1, v1, s1), (g2, bar2, u2, v2, s2)))
-            w = opt_D.step(w, np.concatenate([g1.ravel(), bar2[0] * by_D.sum(), g2.ravel(), [by_D.sum()]]))
+            w = opt_D.step(w, np.concatenate([bar2[0] * by_D.sum(), g1.ravel(), [by_D.sum()], g2.ravel()]))
         z = next(latent)
-        W1, b1, W2, b2 = np.split(w, [8, 10, 12])
+        b1, W1, b2, W2 = np.split(w, [2, 10, 11])
         (bar1, *_), (bar2, *_) = one_step(W1.reshape(2, 4), u1), one_step(W2.reshape(1, 2), u2)     # not for G's
         rows.append(dict(L_D=L_D.mean(), L_G=-(((image(theta, z) @ bar1.T + b1) @ bar2.T)[:, 0] + b2).mean()))
         theta = opt_G.step(theta, by_theta(np.tile(-(bar2 @ bar1)[0] / len(z), (len(z), 1)), z))
     assert_left(rows, (real, latent), rtol=2e-5, G=(G, theta, opt_G), D=(D, w, opt_D))
-    np.testing.assert_allclose([*D[0].u, *D[1].u], [*u1, *u2], 1e-5, 1e-6)
+    np.testing.assert_allclose(flat(D.buffers()), [*u1, *u2], 1e-5, 1e-6)
 
 
 @pytest.mark.parametrize("changed", [{}, OPTIMIZER | dict(lam=3.0, k=0.6, c=2.0, batch_size=4)])
@@ -215,12 +217,12 @@ def test_three_iterations_of_improved_gan_equal_numpy(monkeypatch, changed):
         g = (D_x - k["smooth"])[:, None] * by_w(x) + D_x_tilde[:, None] * by_w(x_tilde)
         return dict(L_D=L_D.mean()), g.mean(0)
     k = dict(smooth=0.9, lr=2e-4, beta1=0.5, beta2=0.999, batch_size=64)
-    assert_three_equal_numpy(monkeypatch, improved_gan, k, changed | dict(minibatch=False), of_D)
+    assert_three_equal_numpy(monkeypatch, improved_gan, k, changed | dict(kernels=0), of_D)
 
 
 def test_the_critics_of_sngan_and_ctgan():
     convolutions, dropped = described(wgan_gp.Critic(3, 32, 16))[:-3], []
-    assert described(sngan.Discriminator(3, 32, 16)) == [*convolutions, "64-1 k4 s1 p0+bias", "Flatten"]
+    assert [len(u) for u in sngan.Discriminator(3, 32, 16).buffers()] == [16, 32, 64, 1]        # every layer's
     for i, p in (0, 0.2), (2, 0.5), (4, 0.5):
         dropped += [*convolutions[i:i + 2], f"Dropout {p}"]
     assert [*map(described, ctgan.Critic(3, 32, 16))] == [dropped, ["Flatten", "Linear 1024-1+bias", "Flatten"]]
@@ -234,7 +236,7 @@ def test_with_its_techniques_and_without_them(monkeypatch):
     torch.testing.assert_close(G.train()(z)[3:4], G.eval()(z[3:4]))     # of its z and the reference alone
     assert D.o.T.shape == (64, 100, 5) and (D.o.distances(D.f(x)).kthvalue(2).values.mean() > 0.5)
     assert (D(x)[:3] - D.eval()(x[:3])).abs().max() > 1e-4 and G[2].n_ref == len(G.reference) == 64
-    G, D = improved_gan.train(**settings | dict(out="dcgan"), minibatch=False, vbn=False)
+    G, D = improved_gan.train(**settings | dict(out="dcgan"), kernels=0, vbn=False)
     assert described(G) == described(lsgan.Generator(8, 1, 16, 2)) and D.last.weight.shape == (1, 64)
     assert described(D.f) == described(lsgan.Discriminator(1, 16, 2))[:-2]
 
@@ -258,15 +260,14 @@ def test_losses_in_closed_form():
 
 
 def test_semi_supervised_networks_and_their_start():
-    D, G = semi_supervised.Classifier(1, 8), semi_supervised.Generator()
-    x, seen = torch.rand(40, 1, 8, 8) + 5, []
+    D, G, seen = semi_supervised.Classifier(1, 8), semi_supervised.Generator(), []
     dense = [layer for layer in [*D.modules(), *G] if isinstance(layer, Dense)]
     assert [it.v.shape[0] for it in dense] == [1000, 500, 250, 250, 250, 10, 784]
     assert [it.noise for it in dense] == [0.6, 0.5, 0.5, 0.5, 0.5, 0.5, 0]
     assert [it.g.requires_grad for it in dense] == [False] * 5 + [True] * 2
     assert [it.requires_grad for it in G.parameters()] == [True, False, True] * 2 + [True] * 3         # not γ
     assert dense[0](torch.zeros(4000, 64)).std().item() == pytest.approx(0.6, rel=0.03)     # ‖g v / ‖v‖‖ = 1
-    semi_supervised.start(D.eval(), x)
+    semi_supervised.start(D.eval(), x := torch.rand(40, 1, 8, 8) + 5)
     for layer in dense[:6]:
         layer.register_forward_hook(lambda layer, x, h: seen.append((layer, x[0], h.detach())))
     assert D[0](x).min() == 0 and D(x).min() < 0            # f: after its ReLU
@@ -377,7 +378,7 @@ def test_one_iteration_of_phi_and_two_of_g_and_d_equal_numpy(monkeypatch, change
     for script, name, it in (
             (torch, "randn", recorded("z", torch.randn)), (torch, "randint", recorded("i", torch.randint)),
             (text2image, "Generator", lambda **_: TinyG(164, 1)), (text2image, "load_images", lambda *_: x_all),
-            (text2image, "Discriminator", lambda **_: TinyD(1, 64, 1)), (text2image, "save_images", lambda *_: None),
+            (text2image, "Discriminator", lambda **_: TinyD(1, 64, 1)), (text2image, "save_images", lambda *_: 0),
             (text2image, "load_set", lambda *_: (None, y_all)), (text2image, "save_animation", lambda *_: None),
             (text2image, "caption", recorded("t", lambda of: [f"{d} {a} {b}" for d, a, b in of.tolist()])),
             (text2image, "save", lambda out, config, states, rows: kept.append((states, rows, *(
@@ -441,7 +442,7 @@ def test_srgans_networks_are_figure_4s():
 @pytest.mark.parametrize("content, depth, n", [("vgg54", 36, 512), ("vgg22", 9, 128)])
 def test_features_are_those_after_a_convolutions_activation(monkeypatch, content, depth, n):
     layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["E"])
-    monkeypatch.setattr(torchvision.models, "vgg19", lambda weights: SimpleNamespace(features=layers))
+    monkeypatch.setattr(torchvision.models, "vgg19", lambda weights: type("VGG", (), dict(features=layers)))
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
     h = srgan.features(content, "cpu")(2 * (x := torch.rand(2, 3, 32, 32)) - 1)
     torch.testing.assert_close(12.75 * h, layers[:depth]((x - mean) / std))
@@ -554,7 +555,6 @@ GRAPHS = [name for name in RUNS if name not in ("text2image", "srgan")]
 
 
 def main(name, words):
-    """The command line of a script, in this process"""
     script, words = importlib.import_module(f"related.{name}"), f"{RUNS[name]} --save-every 3 {words}".split()
     if name in GRAPHS:
         script.main(script.train, script.generate, words)
