@@ -6,14 +6,14 @@ two points near it, and D pays where it scores them differently. Dropout is on i
 and in G's loss, too: without it CT is 0.
 
     L = E[D(x_tilde)] - E[D(x)] + λ₁ E[(‖∇_x_hat D(x_hat)‖₂ - 1)²] + λ₂ E[CT]
-    CT = max(0, (D₁(x) - D₂(x))² + 0.1 mean (D₋₁(x) - D₋₂(x))² - M′)    (1, 2: two passes; D₋: but the last layer)
+    CT = max(0, (D₁(x) - D₂(x))² + 0.1 mean (D₋₁(x) - D₋₂(x))² - M′)    (1, 2: two passes; D₋: D but its last layer)
 
-Differs from the paper, or from its authors' code (the right-hand column has the code's steps, not Algorithm 1's):
-- All images, where the authors' MNIST script, whose λ₁, λ₂, M′, m and n_critic these are, has --examples 1000.
-- Networks, initialisation, z: wgan_gp.py's. lr, β₁ and the first dropout are those of the authors' ResNet, where lr
-  falls to 0 and G's batch has 128 images; here neither.
-- --width 16, --steps 1400, for two CPU cores and minutes; the authors took 50,000 steps.
-- Batches are drawn with replacement, not by epochs."""
+Differs from the paper, or from its authors' code, whose squares CT has, and whose steps the comments follow:
+- All images; the authors' MNIST script, whose λ₁, λ₂, M′, m and n_critic these are, takes --examples 1000. With all
+  of CIFAR-10 and a plain CNN they found CT-GAN below WGAN-GP (issue 1 of their code).
+- Networks, initialisation, z, batches: wgan_gp.py's. lr, β₁ and the first dropout are those of the authors' ResNet,
+  where lr falls to 0 and G's batch has 128 images; here neither.
+- --width 16, --steps 1400, for two CPU cores and minutes; the authors took 50,000 steps (ResNet: 100,000)."""
 import torch
 from torch import cuda, nn
 from common import batches, load_images, save_animation, save_images
@@ -41,7 +41,7 @@ def consistency(D_x, D_x2, f_x, f_x2, m_prime=0.0):
 def train(                      # the numbers of the authors' code for MNIST, but lr and beta1 of their ResNet
     lam1=10.0,              # λ₁        weight of the gradient penalty
     lam2=2.0,               # λ₂        weight of the consistency term
-    m_prime=0.0,            # M′        differences up to it are free; taken off before λ₂, in the code after
+    m_prime=0.0,            # M′        differences up to it are free; taken off before λ₂, in their code after
     n_critic=5,             # n_critic  critic updates per generator update
     lr=2e-4,                # α         Adam: step size (1e-4 for MNIST)
     beta1=0.0,              # β₁        Adam: decay of the first moment (0.5 for MNIST)
@@ -60,14 +60,14 @@ def train(                      # the numbers of the authors' code for MNIST, bu
     steps=1400,             #           generator updates
     seed=0,                 #           of every random number but the pictures' latents
     device="cuda" if cuda.is_available() else "cpu",    #       any torch device: cpu, cuda, cuda:1, mps, ...
-    graph=False,            #           CUDA: record an iteration and replay it, faster; edits of it: see recorded
+    graph=False,            #           CUDA: record an iteration and replay it: faster, but its Python runs no more
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
     keep=False,             #           keep every checkpoint beside its picture: 000100.pt, 000200.pt, ...
 ):
     """With CT.  Returns G, and D with dropout on.  ValueError, OSError: one sentence says what is wrong"""
     config = dict(locals())
-    Generator(size=size)                                      # ValueError for such a size, before images are read
+    Generator(size=size)                                      # ValueError for a wrong size, before images are read
     torch.manual_seed(seed)
     images = load_images(dataset, digit, size, channels, root)[:examples]
     config["images"], config["channels"] = images.shape[:2]

@@ -10,12 +10,12 @@ code. No batch norm in D: the penalty is each image's own.
 
 Differs from the paper, or from its authors' code:
 - δ is their notebook's noise, 0.5 std(x) U[0, 1), which only brightens; its author has called that a bug: U[-1, 1)
-  was meant. The notebook then goes a random share of the way from x to x + δ, needless as its author says; without
-  that, as here, the noise is twice as large on average, 0.25 std(x). The paper has N(0, cI), c = 10 suggested: a
-  deviation of 3.2, which would drown pixels in [-1, 1]. --c is no variance, but the notebook's 0.5.
+  was meant. The notebook goes a random share of the way to x + δ, needless as its author says: here the noise is
+  twice as large, 0.25 std(x) on average. The paper has N(0, cI), c = 10 suggested: a deviation of 3.2, which would
+  drown pixels in [-1, 1]. --c is no variance, but the notebook's 0.5.
 - The penalised gradient is that of D's logit, as in the notebook; (1) may be read as that of the probability σ(D).
 - Networks: those of wgan_gp.py, with its initialisation, on 32x32 pixels in [-1, 1]; the authors' for MNIST: fully
-  connected, 128 hidden units, on 28x28 pixels in [0, 1]. z has 100 dimensions, N(0, 1); theirs: uniform on [-1, 1].
+  connected, 128 hidden units, no norm, on 28x28 pixels in [0, 1]. z has 100 dimensions, N(0, 1); theirs: U[-1, 1].
 - --width 16, --steps 6000, m = 64, for two CPU cores and minutes; the authors: 200,000 steps of 128 images.
 - Batches are drawn with replacement, not by epochs."""
 import torch
@@ -33,7 +33,7 @@ def perturb(x, c=0.5):
 
 # ---- The GAN with (1) --------------------------------------------------------------------------------------------
 def train(
-    # As in the authors' code, but for m
+    # As in the authors' code, but for m and width
     lam=10.0,               # λ         weight of the gradient penalty
     k=1.0,                  # k         the norm that gradients should have
     c=0.5,                  #           most noise, in standard deviations of the batch's pixels
@@ -44,7 +44,7 @@ def train(
     nz=100,                 # z         dimensions of the latent variable
     width=16,               #           feature maps at size/2 pixels; 16: minutes on a CPU, 64: as in WGAN's code
     # The images
-    dataset="mnist",        # P_r       mnist, fashion-mnist, cifar10, or the path of a folder of images
+    dataset="mnist",        # P_real    mnist, fashion-mnist, cifar10, or the path of a folder of images
     digit: int = None,      #           only this class, 0 to 9
     size=32,                #           width and height in pixels: 16, 32, 64, 128 or 256
     channels: int = None,   #           1 grey, 3 RGB (what the data set has; a folder: 3)
@@ -53,18 +53,18 @@ def train(
     steps=6000,             #           updates of D, and of G
     seed=0,                 #           of every random number but the pictures' latents
     device="cuda" if cuda.is_available() else "cpu",    #       any torch device: cpu, cuda, cuda:1, mps, ...
-    graph=False,            #           CUDA: record an iteration and replay it, faster; edits of it: see recorded
+    graph=False,            #           CUDA: record an iteration and replay it: faster, but its Python runs no more
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
     keep=False,             #           keep every checkpoint beside its picture: 000100.pt, 000200.pt, ...
 ):
     """As above.  Returns G, D.  ValueError, OSError: one sentence says what is wrong"""
     config = dict(locals())
-    Generator(size=size)                                      # ValueError for such a size, before images are read
+    Generator(size=size)                                      # ValueError for a wrong size, before images are read
     torch.manual_seed(seed)
     images = load_images(dataset, digit, size, channels, root)
     config["images"], config["channels"] = images.shape[:2]
-    P_r = batches(images, batch_size, device)
+    P_real = batches(images, batch_size, device)
     G = Generator(nz, images.shape[1], size, width).to(device, memory_format=torch.channels_last)
     D = Discriminator(images.shape[1], size, width).to(device, memory_format=torch.channels_last)
     theta, w = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))
@@ -73,7 +73,7 @@ def train(
     fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
 
     def iteration():
-        x = next(P_r)                                         # x ~ P_real
+        x = next(P_real)                                      # x ~ P_real
         z = torch.randn(len(x), nz, device=device)            # z ~ p(z)
         with torch.no_grad():
             x_tilde = G(z)
@@ -92,7 +92,7 @@ def train(
         return dict(L_D=L_D.mean(), L_G=L_G.mean(), penalty=penalty.mean(), norm=norm.mean())
 
     states = dict(G=G, D=D, opt_G=opt_G, opt_D=opt_D)         # all that a checkpoint keeps
-    real, out = next(P_r)[:64], folder(__file__, config)
+    real, out = next(P_real)[:64], folder(__file__, config)
     rows = resume(out, config, states)
     save_images(real, out / "real.png")                       # as D sees them
     for row in rounds(iteration, config, rows):               # every save_every iterations

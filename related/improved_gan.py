@@ -1,22 +1,23 @@
 """Improved Techniques for Training GANs, §3.2, 3.4, 3.5 (NIPS 2016), https://arxiv.org/abs/1606.03498
 T. Salimans, I. Goodfellow, W. Zaremba, V. Cheung, A. Radford, X. Chen
 
-Three changes to DCGAN: D sees how alike the images of a batch are, and learns 0.9 for real ones; G normalises by a
-fixed batch. `--kernels 0 --smooth 1 --no-vbn` is DCGAN. §3.1 and §5 are in semi_supervised.py.
+Three changes to DCGAN: D sees how alike the images of a batch are, and learns 0.9 for real ones; G normalises an
+image by a fixed batch and itself. `--kernels 0 --smooth 1 --no-vbn` is DCGAN. §3.1 and §5 are in semi_supervised.py.
 
     o(x_i)_b = Σ_{j≠i} exp(-‖M_ib - M_jb‖₁) + bias_b,   M_i = f(x_i) T                  §3.2
     L_D = E[-α log D(x) - (1 - α) log(1 - D(x))] - E log(1 - D(G(z)))                   §3.4
     L_G = -E log D(G(z))
 
 Differs from the paper, or from its authors' code:
-- §3.2 prints Σ over all j, which adds 1; its text says "other". B = 100, C = 5, the bias and the start are those of
-  the code (ImageNet: 300, 50): T so that the nearest image is at a mean distance of 2, the bias so that o has mean
-  0, here for one batch, there for 500 images. T is weight-normalised there, and not here.
-- α = 0.9 is the paper's. Their only code with it (ImageNet's) has 0.75, and G aims at α/2.
-- §3.3, historical averaging, is not here: it is in no code of theirs, and has no weight in the paper, whose Table 3
-  leaves it and §3.1 out of "our methods".
-- Networks, z, initialisation, batches: lsgan.py's, which are DCGAN's, on 32x32 pixels; theirs are larger. Adam's
-  numbers are DCGAN's (ImageNet's code: 4e-4). --width 16, --steps 3000, for two CPU cores and minutes."""
+- §3.2 prints Σ over all j, which adds 1; its text says "other". B = 100, C = 5, bias and start are as in the code
+  for CIFAR: T so that the nearest image is at a mean distance of 2, the bias so that o has mean 0, here for one
+  batch, there for 500 images; T is weight-normalised there. ImageNet's: 300, 50, no start, two means, of real, of
+  generated.
+- α = 0.9 is the paper's example. Their only code with it (ImageNet's) has 0.75, and G aims at α/2.
+- §3.3, historical averaging, is not here: no code of theirs has it, the paper no weight; Table 3 leaves it out.
+- Networks, z, batches: lsgan.py's (DCGAN's own: 5x5 kernels, uniform z). Theirs are larger, D learns classes, too;
+  on CIFAR G minimises E log(1 - D(G(z))), three steps to one of D. Adam's numbers are DCGAN's (theirs: 3e-4, on
+  ImageNet 4e-4). --width 16, --steps 3000, for two CPU cores and minutes."""
 from functools import partial
 
 import lsgan
@@ -115,14 +116,14 @@ def train(
     steps=3000,             #           updates of D, and of G
     seed=0,                 #           of every random number but the pictures' latents
     device="cuda" if cuda.is_available() else "cpu",    #       any torch device: cpu, cuda, cuda:1, mps, ...
-    graph=False,            #           CUDA: record an iteration and replay it, faster; edits of it: see recorded
+    graph=False,            #           CUDA: record an iteration and replay it: faster, but its Python runs no more
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
     keep=False,             #           keep every checkpoint beside its picture: 000100.pt, 000200.pt, ...
 ):
     """As above.  Returns G, D.  ValueError, OSError: one sentence says what is wrong"""
     config = dict(locals())
-    Generator(size=size)                                      # ValueError for such a size, before images are read
+    Generator(size=size)                                      # ValueError for a wrong size, before images are read
     torch.manual_seed(seed)
     images = load_images(dataset, digit, size, channels, root)
     config["images"], config["channels"] = images.shape[:2]

@@ -1,21 +1,21 @@
-"""LS-GAN, "Loss-Sensitive Generative Adversarial Networks on Lipschitz Densities", https://arxiv.org/abs/1701.06264
-Guo-Jun Qi (2017; equations and Algorithm 1 are those of version 3).  Not the least squares GAN: that is lsgan.py
+"""LS-GAN, "Loss-Sensitive Generative Adversarial Networks on Lipschitz Densities"
+Guo-Jun Qi (2017), https://arxiv.org/abs/1701.06264v3.  Not the least squares GAN: that is lsgan.py
 
 D (L_θ in the paper) is a loss, low on real images. It is to be lower on a real image than on a generated one by a
-margin Δ, their distance: where G(z) is close to x, little is asked, and D works on images that are still bad.
+margin Δ, their distance: where G(z) is close to x, little is asked, and the bad images count.
 
     min_θ E[L_θ(x)] + λ E[(Δ(x, G(z)) + L_θ(x) - L_θ(G(z)))₊]      (6)        min_φ E[L_θ(G_φ(z))]      (7)
 
 Differs from the paper, or from its author's code:
-- D ends in a softplus, log(1 + eˢ). Where E[L_θ(x)] counts, L_θ must be at least 0: a constant taken off it lowers
-  (6), and leaves the hinge as it is. His lsgan.lua ends in a ReLU, with which D was stuck at 0 on ten digits here.
-  E[L_θ(x)] has no weight there, nor in glsgan.lua, whose D ends linear, as here with --real-weight 0.
-- Weights are clipped to [-c, c] after D's update, as in glsgan.lua (whose hinge may leak: --slope); so are batch
-  norm's, from about 1 to 0.08 at once. The paper has weight decay, and clipping as an alternative.
-- Δ is the mean difference of pixels times τ; in his codes 0.0002 times the sum of 3x64x64 differences, which is the
+- D ends in a softplus, log(1 + eˢ); in version 3 in nothing. But where E[L_θ(x)] counts, L_θ must be at least 0: a
+  constant taken off it lowers (6), and leaves the hinge as it is. His lsgan.lua ends in a ReLU; with that, D stayed
+  at 0 on ten digits. E[L_θ(x)] does not count there, nor in glsgan.lua, which ends linear, as --real-weight 0 does.
+- Weights are clipped to [-c, c] after D's update, as in glsgan.lua (whose hinge may have a slope below 0: --slope);
+  so are batch norm's, from about 1 to 0.08 at once. The paper decays weights, or clips them; lsgan.lua does neither.
+- Δ is the mean |difference| of pixels times τ; in his codes 0.0002 times the sum of 3x64x64 of them, which is the
   same there. His pairs are x_i and G(z_i) only; (8) has all. His G learns from the images that D has just seen.
-- lr is that of lsgan.lua (glsgan.lua: 2e-4); the paper's, 0.001, falls by epochs. Networks, z and batches are
-  wgan.py's (his z: uniform). --width 16, --steps 6000, for two CPU cores and minutes; his code: 25 epochs."""
+- lr is that of lsgan.lua (glsgan.lua's newest version: 2e-4); the paper's, 0.001, falls by epochs. Networks, z and
+  batches are wgan.py's (his z: uniform). --width 16, --steps 6000, for two CPU cores and minutes; his: 25 epochs."""
 import torch
 from torch import cuda, nn
 from common import batches, load_images, save_animation, save_images
@@ -23,7 +23,7 @@ from wgan import Critic as Discriminator, Generator, folder, generate, load, mai
 
 # ---- The margin --------------------------------------------------------------------------------------------------
 def margin(x, x_tilde, tau):
-    """Δ = τ times the mean |x - x_tilde| over the pixels of all pairs of images.  (n, ...), (m, ...) -> (n, m)"""
+    """For each pair of images: Δ = τ times the mean |x - x_tilde| over their pixels.  (n, ...), (m, ...) -> (n, m)"""
     return tau * torch.cdist(x.flatten(1), x_tilde.flatten(1), p=1) / x[0].numel()
 
 
@@ -32,7 +32,7 @@ def train(
     lam=2.0,                # λ         weight of the hinge: 0.5, 1 or 2 in the paper, by cross-validation
     real_weight=1.0,        #           of E[L_θ(x)]: 1 in (6), 0 in the author's codes
     tau=2.4576,             # τ         the margin is this times the mean difference of two images' pixels
-    slope=0.0,              #           of the hinge below 0, for GLS-GAN.  0: LS-GAN;  1, with real_weight 0: WGAN
+    slope=0.0,              #           of the hinge below 0, at most 1: GLS-GAN;  1, with real_weight 0: WGAN
     c=0.08,                 #           the weights of D are clipped to [-c, c]
     weight_decay=0.0,       # γ         weight decay, as the gradient of γ/2 ‖·‖²: of D's weights, and of G's
     lr=1e-4,                #           Adam: step size
@@ -51,22 +51,21 @@ def train(
     steps=6000,             #           updates of D, and of G
     seed=0,                 #           of every random number but the pictures' latents
     device="cuda" if cuda.is_available() else "cpu",    #       any torch device: cpu, cuda, cuda:1, mps, ...
-    graph=False,            #           CUDA: record an iteration and replay it, faster; edits of it: see recorded
+    graph=False,            #           CUDA: record an iteration and replay it: faster, but its Python runs no more
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
     keep=False,             #           keep every checkpoint beside its picture: 000100.pt, 000200.pt, ...
 ):
     """Algorithm 1.  Returns G, D.  ValueError, OSError: one sentence says what is wrong"""
     config = dict(locals())
-    Generator(size=size)                                      # ValueError for such a size, before images are read
+    Generator(size=size)                                      # ValueError for a wrong size, before images are read
     torch.manual_seed(seed)
     images = load_images(dataset, digit, size, channels, root)
     config["images"], config["channels"] = images.shape[:2]
     P_data = batches(images, batch_size, device)
     G = Generator(nz, images.shape[1], size, width).to(device, memory_format=torch.channels_last)
-    last = nn.Softplus() if real_weight else nn.Identity()    # L_θ(x) >= 0, without which (6) has no minimum
-    D = nn.Sequential(Discriminator(images.shape[1], size, width), last)
-    D = D.to(device, memory_format=torch.channels_last)
+    end = nn.Softplus() if real_weight else nn.Identity()     # L_θ(x) >= 0; else (6) is unbounded below
+    D = nn.Sequential(Discriminator(images.shape[1], size, width), end).to(device, memory_format=torch.channels_last)
     phi, theta = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))
     opt_G = torch.optim.Adam(phi, lr, (beta1, beta2), weight_decay=weight_decay, fused=True, capturable=graph)
     opt_D = torch.optim.Adam(theta, lr, (beta1, beta2), weight_decay=weight_decay, fused=True, capturable=graph)
@@ -84,7 +83,7 @@ def train(
         L_D = real_weight * L_x + lam * hinge
         opt_D.zero_grad()
         L_D.mean().backward(inputs=theta)                 #   descend θ by (8), 1/n Σ L_θ(x_i) + λ/nm Σ (...)₊,
-        opt_D.step()                                      #     with weight decay
+        opt_D.step()                                      #     with weight decay, if γ > 0
         with torch.no_grad():
             for each in theta:
                 each.clamp_(-c, c)                        #   clip θ to [−c, c]  (in the author's later code)
@@ -92,7 +91,7 @@ def train(
         L_G = D(G(z))
         opt_G.zero_grad()
         L_G.mean().backward(inputs=phi)                   #   descend φ by (9), 1/k Σ L_θ(G_φ(z′_i)),
-        opt_G.step()                                      #     with weight decay
+        opt_G.step()                                      #     with weight decay, if γ > 0
         return dict(L_D=L_D.mean(), L_G=L_G.mean(), hinge=hinge.mean(), real=L_x.mean())
 
     states = dict(G=G, D=D, opt_G=opt_G, opt_D=opt_D)         # all that a checkpoint keeps

@@ -4,15 +4,15 @@ T. Salimans, I. Goodfellow, W. Zaremba, V. Cheung, A. Radford, X. Chen, https://
 D is a classifier whose K logits l_k say as well whether an image is real. A few labelled images teach it the
 classes; images without labels, and generated ones, where a class ends. G only matches the mean of D's features f.
 
-    D(x) = Z / (Z + 1), Z = Σ_k exp l_k(x)      L_sup = -E log p(y | x, y < K + 1)
+    D(x) = Z / (Z + 1), Z = Σ_k exp l_k(x)      L_sup = -E log p(y | x, y < K + 1) = -E log(exp l_y(x) / Z)
     L_unsup = -½ E log D(x) - ½ E log(1 - D(G(z)))      L_G = ‖E f(x) - E f(G(z))‖², a mean over f's components
 
 Differs from the paper, or from its authors' code for MNIST, whose networks these are:
 - The halves in L_unsup, and the mean over f's components, are the code's; the paper prints neither.
-- Pixels in [-1, 1]: tanh, not sigmoid, and twice the noise; G's last layer begins with larger v.
-- Batches are drawn with replacement, theirs permuted. As there, labelled images are among the unlabelled ones, too.
-- z is normal, there uniform. ε = 1e-4, added to Adam's root, is theirs, 1e-8 below the root. D_ema, from 0, is
-  divided by 1 - emaᵗ. --steps 12000, 20 epochs, for minutes; theirs: 300."""
+- Pixels in [-1, 1]: tanh, not sigmoid, and twice the noise; G's last layer begins with larger v; batches are drawn
+  with replacement, theirs permuted. So lr is 1e-3: with their 3e-3 L_G grew and grew. z is normal, theirs uniform.
+- Adam divides by √v + 1e-4, theirs by √(v + 1e-8). D's average, which is tested, is divided by 1 - emaᵗ; theirs only
+  starts from 0. As there, labelled images are unlabelled ones, too. --steps 12000 are 20 epochs; theirs: 300."""
 from copy import deepcopy
 from functools import partial
 
@@ -102,7 +102,7 @@ def train(
     steps=12000,            #           updates of D, and of G
     seed=0,                 #           of every random number but the pictures' latents
     device="cuda" if cuda.is_available() else "cpu",    #       any torch device: cpu, cuda, cuda:1, mps, ...
-    graph=False,            #           CUDA: record an iteration and replay it, faster; edits of it: see recorded
+    graph=False,            #           CUDA: record an iteration and replay it: faster, but its Python runs no more
     out: str = None,        #           run folder (runs/SCRIPT-DATASET)
     save_every=600,         #           steps between rows of the log, tests, pictures and checkpoints
     keep=False,             #           keep every checkpoint beside its picture: 000600.pt, 001200.pt, ...

@@ -1,17 +1,18 @@
 """SNGAN, "Spectral Normalization for Generative Adversarial Networks", https://arxiv.org/abs/1802.05957 (2018)
 Takeru Miyato, Toshiki Kataoka, Masanori Koyama, Yuichi Yoshida
 
-A matrix W makes no vector longer than σ(W), its largest singular value, times its length. With W / σ(W) in every
-layer D stays smooth without a penalty. One step of the power method for each update of D finds σ well enough, as W
-changes little from one update to the next.
+W x is at most σ(W) times as long as x; σ(W) is the largest singular value of W. With W / σ(W) in every layer D cannot
+be steep, without a penalty. One step of the power method for each update of D finds σ well enough, as W changes
+little from one update to the next.
 
     max_D E[min(0, -1 + D(x))] + E[min(0, -1 - D(G(z)))]      (16)        min_G -E[D(G(z))]      (17)
 
 Differs from the paper, or from its authors' code:
-- Networks, initialisation, z, batches: wgan_gp.py's (Table 3: 3x3 kernels, too; slope 0.1). Loss (15) is not here.
-- u moves once for an update of D, as in Algorithm 1; in the authors' code with every pass, in G's update, too.
+- Networks, z, batches: wgan_gp.py's (Table 3: 3x3 kernels, too; slope 0.1). Most of Table 2 has loss (15), not here.
+- u moves once for an update of D, as in Algorithm 1 (and once at the start); in the authors' code with every pass, in
+  G's update, too, which comes first there.
 - As in the paper, σ is that of W as a matrix, (d_out, d_in h w); the convolution can stretch up to twice as much.
-- --width 16, --steps 6000, for two CPU cores and minutes; the authors: 100,000 updates of G."""
+- --width 16, --steps 6000, for two CPU cores and minutes; theirs: 100,000 (ResNets in their code: 50,000, lr to 0)."""
 import torch
 from torch import cuda, nn
 from torch.nn.functional import normalize
@@ -21,7 +22,7 @@ from wgan_gp import Critic, Generator, folder, generate, load, main, resume, rou
 
 # ---- Algorithm 1, lines 1 and 2, for the weight of one layer -----------------------------------------------------
 class SpectralNorm(nn.Module):
-    """W -> W / σ(W); u moves each time in training mode.  (d_out, ...) -> (d_out, ...)"""
+    """W -> W / σ(W); in training mode u moves whenever W is read.  (d_out, ...) -> (d_out, ...)"""
     def __init__(self, d_out):
         super().__init__()
         self.register_buffer("u", torch.randn(d_out))           # so that a checkpoint has it, too
@@ -49,7 +50,7 @@ class Discriminator(Critic):
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------------
 def train(
     # Setting C;  A: --lr 1e-4 --beta2 0.9 --n-dis 5;  B: --lr 1e-4;  D: --lr 1e-3 --beta2 0.9 --n-dis 5;
-    # E: --lr 1e-3 --n-dis 5;  F: E with --beta1 0.9
+    # E: --lr 1e-3 --n-dis 5;  F: E with --beta1 0.9;  the ResNets: --beta1 0 --beta2 0.9 --n-dis 5
     lr=2e-4,                # α         Adam: step size
     beta1=0.5,              # β₁        Adam: decay of the first moment
     beta2=0.999,            # β₂        Adam: decay of the second moment
@@ -67,14 +68,14 @@ def train(
     steps=6000,             #           updates of G
     seed=0,                 #           of every random number but the pictures' latents
     device="cuda" if cuda.is_available() else "cpu",    #       any torch device: cpu, cuda, cuda:1, mps, ...
-    graph=False,            #           CUDA: record an iteration and replay it, faster; edits of it: see recorded
+    graph=False,            #           CUDA: record an iteration and replay it: faster, but its Python runs no more
     out: str = None,        #           run folder (runs/SCRIPT-DATASET-DIGIT)
     save_every=100,         #           steps between rows of the log, pictures and checkpoints
     keep=False,             #           keep every checkpoint beside its picture: 000100.pt, 000200.pt, ...
 ):
     """Algorithm 1.  Returns G, D.  ValueError, OSError: one sentence says what is wrong"""
     config = dict(locals())
-    Generator(size=size)                                      # ValueError for such a size, before images are read
+    Generator(size=size)                                      # ValueError for a wrong size, before images are read
     torch.manual_seed(seed)
     images = load_images(dataset, digit, size, channels, root)
     config["images"], config["channels"] = images.shape[:2]
@@ -115,7 +116,7 @@ def train(
         G.train()
         save(out, config, states, rows)
     save_animation(out)
-    return G.eval(), D
+    return G.eval(), D.eval()
 
 
 if __name__ == "__main__":

@@ -3,23 +3,23 @@ Ledig, Theis, Huszár, Caballero, Cunningham, Acosta, Aitken, Tejani, Totz, Wang
 
 G makes a picture four times as wide and high. Trained for the pixels' squared error alone (SRResNet), it paints the
 mean of all that may have been there: smooth. Then D, which tells its pictures from photographs, has a say, too.
-`--enlarge FOLDER` makes the pictures of a folder larger, by the run in OUT.
+`--enlarge FOLDER` writes the pictures of a folder, four times as wide and high, into OUT/enlarged.
 
     l_SR = l_X + 10⁻³ l_Gen     (3)             l_MSE = mean (I_HR - G(I_LR))²                      (4)
     l_Gen = -log D(G(I_LR))     (6)             l_VGG = mean ((φ(I_HR) - φ(G(I_LR))) / 12.75)²      (5)
 
 Differs from the paper:
-- l_X is l_MSE (their SRGAN-MSE); --content vgg54 (their SRGAN) or vgg22 downloads VGG-19's weights. SRResNet is
-  trained by l_MSE for all three; with VGG22, and total variation, it is not here.
-- (4), (5) print sums over channels, (6) one over the batch; here all are means, so that beside l_Gen l_MSE weighs
-  a third of what is printed, l_VGG a 512th or 128th.
+- l_X is l_MSE (their SRGAN-MSE); --content vgg54 (their SRGAN) or vgg22 downloads torchvision's VGG-19. SRResNet is
+  trained by l_MSE for all three, and its Adam goes on in SRGAN; SRResNet-VGG22, with total variation, is not here.
+- (4), (5) print sums over channels, (6) one over the batch of N; here all are means. So beside l_Gen, l_MSE weighs
+  N/3 times what is printed, l_VGG N/512 or N/128 times.
 - I_LR is bicubic, as in §3.2 (§2.1: Gaussian, subsampled), and of 8 bits. G has no tanh; Figure 4 does not say.
-- For two CPU cores: 4 blocks of 32 feature maps, 8 crops of 48x48, 3,000 steps, the first ones larger. Theirs:
+- For two CPU cores: 4 blocks of 32 maps, 8 crops of 48x48, 3,000 steps, 1,000 at ten times their lr. On ImageNet:
   --blocks 16 --width 64 --batch-size 16 --crop 96 --pretrain-lr 1e-4 --pretrain 1000000 --steps 1200000"""
 import warnings
 from argparse import ArgumentParser
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -39,13 +39,13 @@ def found(folder):
     return sorted(path for path in Path(folder).rglob("*") if is_image_file(path.name))
 
 
-def cut(path, size, place):
-    """A square, place (0, 0): top left, (1, 1): bottom right.  uint8 (3, size, size), or nothing, and a warning"""
+def cut(path, size):
+    """A square from anywhere in a photograph: [uint8 (3, size, size)].  [], and a warning, if that cannot be had"""
     try:
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         if min(image.size) < size:
             raise ValueError(f"its {image.width}x{image.height} pixels are fewer than {size}x{size}")
-        left, top = (int(share * (side - size + 1)) for share, side in zip(place, image.size))
+        left, top = (int(torch.randint(side - size + 1, ())) for side in image.size)
         return [pil_to_tensor(image.crop((left, top, left + size, top + size)))]
     except Exception as error:                              # damaged files cause many kinds
         warnings.warn(f"left out {path}: {error}")          # once
@@ -53,12 +53,13 @@ def cut(path, size, place):
 
 
 def crops(paths, m, size, device):
-    """I_HR: endless batches of random crops, of m different photographs.  (m, 3, size, size) in [-1, 1]"""
-    with ThreadPoolExecutor() as pool:
-        while True:
-            some = [paths[i] for i in torch.randperm(len(paths))[:m]]
-            squares = pool.map(cut, some, [size] * m, torch.rand(m, 2).tolist())
-            yield torch.stack(sum(squares, [])).to(device) / 127.5 - 1
+    """I_HR: endless batches, random crops of m different photographs.  (m, 3, size, size) in [-1, 1].  ValueError"""
+    while True:
+        squares = chain.from_iterable(cut(paths[i], size) for i in torch.randperm(len(paths)))
+        x = list(islice(squares, m))
+        if not x:
+            raise ValueError(f"there is no photograph of at least {size}x{size} pixels")
+        yield torch.stack(x).to(device) / 127.5 - 1
 
 
 def downscale(HR):
@@ -123,11 +124,11 @@ def train(
     crop=48,                #           width and height of what is cut out of them: a multiple of 16
     blocks=4,               # B         residual blocks of G
     width=32,               #           feature maps
-    dataset="photos",       #           the path of a folder of photographs, of any size
+    dataset="photos",       #           the path of a folder of photographs, of any size, of 8 bits
     held_out=50,            #           the last ones by name: not trained with, but measured
     size=128,               #           width and height of what is measured of each: a multiple of 4
     # The run
-    steps=3000,             #           updates of G
+    steps=3000,             #           updates of G, with SRResNet's.  Raised later, they raise lr again
     seed=0,                 #           of every random number
     device="cuda" if cuda.is_available() else "cpu",    #       any torch device: cpu, cuda, cuda:1, mps, ...
     out: str = None,        #           run folder (runs/SCRIPT-DATASET)
@@ -136,10 +137,10 @@ def train(
     """As above.  Returns G, D.  ValueError, OSError: one sentence says what is wrong"""
     paths = found(dataset)
     config = dict(locals(), paths=len(paths), keep=False, graph=False)
-    if crop % 16 or size % 4 or content not in ("mse", "vgg54", "vgg22"):
-        raise ValueError("--crop must be a multiple of 16, --size one of 4, --content mse, vgg54 or vgg22")
+    if crop % 16 or size % 4 or size < 12 or content not in ("mse", "vgg54", "vgg22"):
+        raise ValueError("--crop must be a multiple of 16, --size of 4, at least 12, --content mse, vgg54 or vgg22")
     if not 3 <= held_out <= len(paths) - batch_size:
-        raise ValueError(f"--dataset {dataset} has {len(paths)} photographs: too few for batches and --held-out")
+        raise ValueError(f"--dataset {dataset} has {len(paths)} photographs, --held-out 3 at least, and fewer")
     torch.manual_seed(seed)
     G, D = Generator(blocks, width).to(device), Discriminator(crop, width).to(device)
     theta, w = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))
@@ -174,8 +175,7 @@ def train(
         return dict(l_X=l_X, l_Gen=l_Gen, l_D=l_D)
 
     states = dict(G=G, D=D, opt_G=opt_G, opt_D=opt_D)       # all that a checkpoint keeps
-    out = folder(__file__, config)
-    rows = resume(out, config, states)
+    rows = resume(out := folder(__file__, config), config, states)
     step = rows[-1]["step"] if rows else 0                  # so many iterations are made
     for row in rounds(iteration, config, rows):             # every save_every iterations
         G.eval()                                            # by running statistics: each depends on its LR alone
@@ -193,7 +193,7 @@ load = partial(wgan_gp.load, network=Generator)
 
 
 def enlarged(G, x, pixels=2 ** 18):
-    """G of a picture of any size, in strips of so many pixels.  uint8 (3, H, W) -> uint8 (3, 4 H, 4 W)"""
+    """G of a picture of any size, in strips of so many pixels, and borders.  uint8 (3, H, W) -> uint8 (3, 4 H, 4 W)"""
     rows, border = max(1, pixels // x.shape[2]), 8 + 2 * G.config["blocks"]     # G sees no farther than the border
     SR = torch.empty(3, 4 * x.shape[1], 4 * x.shape[2], dtype=torch.uint8)
     for top in range(0, x.shape[1], rows):
@@ -214,7 +214,7 @@ def enlarge(out, n, seed, device, photographs):
             to_pil_image(enlarged(G, pil_to_tensor(image).to(device))).save(file)
         except Exception as error:                          # damaged files and too large ones cause many kinds
             print(f"left out {path}: {error}")
-    print(f"the images of {photographs}, enlarged, are in {out / 'enlarged'}")
+    print(f"{len(found(photographs))} pictures of {photographs}, but for those left out, are in {out / 'enlarged'}")
 
 
 def main(argv=None):
@@ -222,8 +222,8 @@ def main(argv=None):
     parser = ArgumentParser(add_help=False)
     parser.add_argument("--enlarge", "--generate")
     known, others = parser.parse_known_args(argv)
-    instead = ["--generate", "0"] if known.enlarge else []
-    wgan_gp.main(train, partial(enlarge, photographs=known.enlarge), others + instead)
+    others += ["--generate=0"] * bool(known.enlarge)
+    wgan_gp.main(train, partial(enlarge, photographs=known.enlarge), others)
 
 
 if __name__ == "__main__":

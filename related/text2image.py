@@ -12,13 +12,14 @@ image, and to a real one with the text of another (CLS). G also gets vectors bet
 
 Differs from the paper, or from its authors' code:
 - Texts are caption()'s: ten digits, thin, thick or neither, leaning left, right or neither: 90 meanings, which are
-  the classes. It shows how this works, not how far it goes.
-- φ is smaller, and v, there GoogLeNet's features, learns with it; Adam, 1e-3. (2)-(4) are classifiers' errors; the
-  hinge for them is that of the code, which has one image of each class in a batch.
+  the classes; one of each digit is left out. It shows how this works, not how far it goes.
+- φ is smaller, and v, there GoogLeNet's features, learns with it; Adam, 1e-3. (2) counts errors of classifiers (3)
+  and (4); the hinge in its place is that of the code, whose batch has one image from each of 40 classes.
 - t̂ is the text of the next image in the batch, and does not count if it means the same; in the code each text gets
-  an image of another class. (5) has log(1 - D); -log D and its share are the code's. Lines 11 and 13 print a minus.
-- G and D are lsgan.py's, on 32x32 pixels; h goes through 64 dimensions, and is of one text. Theirs: 64x64, residual
-  blocks, 128, the mean of four texts, and lr halved every 100 of 600 epochs."""
+  an image of another class. (5) has log(1 - D), to fall; log D and its share are the code's, which draws z anew for
+  G's step. L_D and L_G are to rise; lines 11 and 13 print a minus.
+- G and D are lsgan.py's, on 32x32 pixels; h goes through 64 dimensions, and is of one text. Theirs: 64x64, crops,
+  mirrored or not, residual blocks, 128, the mean of four texts, and lr halved every 100 of 600 epochs."""
 import re
 from argparse import ArgumentParser
 from functools import partial
@@ -29,38 +30,6 @@ from torch import cuda, nn
 from torch.nn.functional import softplus
 from common import load_images, load_set, save_animation, save_images
 from lsgan import folder, init, resume, rounds, save
-
-# ---- Texts -------------------------------------------------------------------------------------------------------
-NAMES = "zero one two three four five six seven eight nine".split()
-STROKES, SLANTS = ["thin ", "", "thick "], [" leaning left", "", " leaning right"]
-PHRASES = ["{}", "a {}", "the digit {}", "the number {}", "a handwritten {}", "a picture of a {}", "this is a {}",
-           "someone wrote a {}", "an image that shows a {}", "a white {} on black"]
-SHOWN = ["a three", "a thin seven", "a thick seven", "a seven leaning left", "a seven leaning right", "an eight"]
-
-
-def looks(x):
-    """How thick and how slanted white strokes are: 0, 1, 2, each a third of MNIST.  uint8 (m, 1, H, W) -> (m, 2)"""
-    p = x[:, 0].float()
-    thickness = p.sum((1, 2)) / (p.diff(dim=1).abs().sum((1, 2)) + p.diff(dim=2).abs().sum((1, 2)))
-    p = p / p.sum((1, 2), keepdim=True)
-    row, column = (torch.arange(float(n)) for n in p.shape[1:])
-    up = (p.sum(2) * row).sum(1)[:, None, None] - row[:, None]
-    right = column - (p.sum(1) * column).sum(1)[:, None, None]
-    slant = (p * right * up).sum((1, 2)) / (p * up ** 2).sum((1, 2))
-    return torch.stack([(thickness > 0.9).long() + (thickness > 1.1), (slant > 0).long() + (slant > 0.25)], dim=1)
-
-
-def caption(meanings, rng=None):
-    """Texts like "a picture of a thin seven leaning left"; rng: torch.Generator.  digit, looks (m, 3) -> m texts"""
-    phrases = torch.randint(len(PHRASES), (len(meanings),), generator=rng)
-    return [PHRASES[phrase].format(STROKES[stroke] + NAMES[digit] + SLANTS[slant])
-            for phrase, (digit, stroke, slant) in zip(phrases, meanings)]
-
-
-def encode(texts, length=64):
-    """ASCII codes of a text's letters, then of spaces.  n texts -> int64 (n, length)"""
-    return torch.tensor([list(text.lower().encode("ascii", "replace")[:length].ljust(length)) for text in texts])
-
 
 # ---- Networks ----------------------------------------------------------------------------------------------------
 class TextEncoder(nn.Module):
@@ -102,7 +71,7 @@ class Discriminator(nn.Module):
 
 
 def joint_embedding(v, t, y):
-    """(2)-(4)  The hinge loss of images v and texts t of meanings y.  (m, nh), (m, nh), (m,) -> ()"""
+    """For (2)-(4)  The hinge loss of images v and texts t of meanings y.  (m, nh), (m, nh), (m,) -> ()"""
     score = v @ t.T
     wrong = (1 + score - score.diagonal()[:, None]).relu() + (1 + score - score.diagonal()).relu()
     return (wrong * (y[:, None] != y)).sum() / len(y) ** 2
@@ -115,7 +84,7 @@ def train(
     pretrain=1000,          #           steps of φ, before those of G and D
     width=16,               #           feature maps at 16x16 pixels
     dataset="mnist",        #           mnist alone: texts speak of digits
-    steps=6000,             # S         of φ, and then of D and G
+    steps=6000,             #           of φ, and then, S, of D and G
     seed=0,                 #           of every random number but the pictures' latents
     device="cuda" if cuda.is_available() else "cpu",    #       any torch device: cpu, cuda, cuda:1, mps, ...
     out: str = None,        #           run folder (runs/SCRIPT-DATASET)
@@ -145,8 +114,7 @@ def train(
         t, t_hat = (encode(caption(each)).to(device) for each in (meaning, meaning.roll(-1, 0)))
         L_phi = L_D = L_G = torch.zeros((), device=device)
         if step <= pretrain:
-            y = (meaning @ torch.tensor([9, 3, 1])).to(device)
-            L_phi = joint_embedding(v(x), phi(t), y)
+            L_phi = joint_embedding(v(x), phi(t), (meaning @ torch.tensor([9, 3, 1])).to(device))
             opt_phi.zero_grad()
             L_phi.backward(inputs=omega)
             opt_phi.step()
@@ -162,7 +130,7 @@ def train(
             opt_D.zero_grad()
             (-L_D.mean()).backward(inputs=w)                        # 11: D ← D + α ∂L_D/∂D (printed: −)
             opt_D.step()
-            L_G = -softplus(-D(x_hat, h_G))                         # 12: L_G ← log s_f, and (5)
+            L_G = -softplus(-D(x_hat, h_G))                         # 12: L_G ← log s_f, by the new D, and (5)
             opt_G.zero_grad()
             (-L_G.mean()).backward(inputs=theta)                    # 13: G ← G + α ∂L_G/∂G (printed: −)
             opt_G.step()
@@ -182,6 +150,38 @@ def train(
     return G.eval(), phi
 
 
+# ---- Texts, made from pixels -------------------------------------------------------------------------------------
+NAMES = "zero one two three four five six seven eight nine".split()
+STROKES, SLANTS = ["thin ", "", "thick "], [" leaning left", "", " leaning right"]
+PHRASES = ["{}", "a {}", "the digit {}", "the number {}", "a handwritten {}", "a picture of a {}", "this is a {}",
+           "someone wrote a {}", "an image that shows a {}", "a white {} on black"]
+SHOWN = ["a three", "a thin seven", "a thick seven", "a seven leaning left", "a seven leaning right", "the digit eight"]
+
+
+def looks(x):
+    """How thick and how slanted white strokes are: 0, 1, 2, each about a third of MNIST.  uint8 (m, 1, H, W) -> (m, 2)"""
+    p = x[:, 0].float()
+    thickness = p.sum((1, 2)) / (p.diff(dim=1).abs().sum((1, 2)) + p.diff(dim=2).abs().sum((1, 2)))
+    p = p / p.sum((1, 2), keepdim=True)
+    row, column = (torch.arange(float(n)) for n in p.shape[1:])
+    up = (p.sum(2) * row).sum(1)[:, None, None] - row[:, None]
+    right = column - (p.sum(1) * column).sum(1)[:, None, None]
+    slant = (p * right * up).sum((1, 2)) / (p * up ** 2).sum((1, 2))
+    return torch.stack([(thickness > 0.9).long() + (thickness > 1.1), (slant > 0).long() + (slant > 0.25)], dim=1)
+
+
+def caption(meanings, rng=None):
+    """Texts like "a picture of a thin seven leaning left"; rng: torch.Generator.  digit, looks (m, 3) -> m texts"""
+    phrases = torch.randint(len(PHRASES), (len(meanings),), generator=rng)
+    return [PHRASES[phrase].format(STROKES[stroke] + NAMES[digit] + SLANTS[slant])
+            for phrase, (digit, stroke, slant) in zip(phrases, meanings)]
+
+
+def encode(texts, length=64):
+    """ASCII codes of a text's small letters, then of spaces.  n texts -> int64 (n, length)"""
+    return torch.tensor([list(text.lower().encode("ascii", "replace")[:length].ljust(length)) for text in texts])
+
+
 # ---- The run: as in lsgan.py, but for texts --------------------------------------------------------------------
 def load(checkpoint):
     """G and φ of a checkpoint.pt, on the CPU: z ~ N(0, 1), (n, 100), φ(encode(texts)) -> images in [-1, 1]"""
@@ -195,7 +195,7 @@ def load(checkpoint):
 def generate(out, n, seed, device, text="a seven"):
     """Writes n images of a text into out/generated: image i depends on the text, the seed and i alone"""
     (G, phi), noise = load(out / "checkpoint.pt"), torch.Generator().manual_seed(seed)
-    h, name = phi(encode([text])).to(device), re.sub(r"\W+", "-", text)
+    h, name = phi(encode([text])).to(device), re.sub(r"\W+", "-", text[:64])
     G.to(device)
     for i in range(n):
         x = G(torch.randn(1, 100, generator=noise).to(device), h)
