@@ -14,10 +14,9 @@ Differs from the paper, or from its authors' code:
   twice as large, 0.25 std(x) on average. The paper has N(0, cI), c = 10 suggested: a deviation of 3.2, which would
   drown pixels in [-1, 1]. --c is no variance, but the notebook's 0.5.
 - The penalised gradient is that of D's logit, as in the notebook; (1) may be read as that of the probability σ(D).
-- Networks: those of wgan_gp.py, with its initialisation, on 32x32 pixels in [-1, 1]; the authors' for MNIST: fully
+- Networks, initialisation, batches: wgan_gp.py's, on 32x32 pixels in [-1, 1]; the authors' for MNIST: fully
   connected, 128 hidden units, no norm, on 28x28 pixels in [0, 1]. z has 100 dimensions, N(0, 1); theirs: U[-1, 1].
-- --width 16, --steps 6000, m = 64, for two CPU cores and minutes; the authors: 200,000 steps of 128 images.
-- Batches are drawn with replacement, not by epochs."""
+- --width 16, --steps 6000, m = 64, for two CPU cores and minutes; the authors: 200,000 steps of 128 images."""
 import torch
 from torch import cuda
 from torch.nn.functional import softplus

@@ -96,7 +96,7 @@ def test_three_iterations_of_sngan_equal_numpy(monkeypatch, changed):
         b1, W1, b2, W2 = np.split(w, [2, 10, 11])
         (bar1, *_), (bar2, *_) = one_step(W1.reshape(2, 4), u1), one_step(W2.reshape(1, 2), u2)     # not for G's
         rows.append(dict(L_D=L_D.mean(), L_G=-(((image(theta, z) @ bar1.T + b1) @ bar2.T)[:, 0] + b2).mean()))
-        theta = opt_G.step(theta, by_theta(np.tile(-(bar2 @ bar1)[0] / len(z), (len(z), 1)), z))
+        theta = opt_G.step(theta, by_theta(np.tile(-(bar2 @ bar1)[0] / k["batch_size"], (len(z), 1)), z))
     assert_left(rows, (real, latent), rtol=2e-5, G=(G, theta, opt_G), D=(D, w, opt_D))
     np.testing.assert_allclose(flat(D.buffers()), [*u1, *u2], 1e-5, 1e-6)
 
@@ -169,7 +169,7 @@ def test_two_iterations_of_ctgan_equal_numpy(monkeypatch, changed):
         d, _, D_x_tilde, q, _ = passed(w, image(theta, z), next(uniform))
         rows.append(dict(wasserstein=(D1 - fake).mean(), L_D=L.mean(), L_G=-D_x_tilde.mean(),
                          GP=((length - 1) ** 2).mean(), CT=CT.mean()))
-        theta = opt_G.step(theta, by_theta(-q * d * w[:4] / len(z), z))
+        theta = opt_G.step(theta, by_theta(-q * d * w[:4] / k["batch_size"], z))
     assert_left(rows, (real, latent, uniform), G=(G, theta, opt_G), D=(D, w, opt_D))
     assert not changed or max(index.max() for index in drawn["randint"]) == 9       # examples
 
