@@ -16,7 +16,6 @@ import common
 import lsgan
 import wgan_gp
 from related import ctgan, dragan, improved_gan, ls_gan, semi_supervised, sngan, srgan, text2image
-from related.semi_supervised import Dense
 from related.text2image import caption, encode, looks
 from truth import (Adam, Drawn, LinearGenerator, QuadraticCritic, assert_left, assert_same, described, flat,
                    parameter, read, training)
@@ -24,6 +23,7 @@ from truth import (Adam, Drawn, LinearGenerator, QuadraticCritic, assert_left, a
 image, by_theta, score = LinearGenerator.image, LinearGenerator.by_theta, QuadraticCritic.score
 by_w, by_x = QuadraticCritic.by_w, QuadraticCritic.by_x
 OPTIMIZER = dict(lr=0.02, beta1=0.2, beta2=0.7)
+sigmoid = lambda s: 1 / (1 + np.exp(-s))    # noqa: E731
 
 
 def trained(monkeypatch, script, k, changed, steps=3, **networks):
@@ -32,10 +32,6 @@ def trained(monkeypatch, script, k, changed, steps=3, **networks):
     G, D = script.train(**changed, steps=steps, nz=3, device="cpu", out="run", save_every=1)
     k = k | changed
     return G, D, drawn, k, *(Adam(k["lr"], k["beta1"], k["beta2"], k.get("weight_decay", 0)) for _ in range(2))
-
-
-def sigmoid(s):
-    return 1 / (1 + np.exp(-s))
 
 
 def assert_three_equal_numpy(monkeypatch, script, k, changed, of_D,
@@ -195,8 +191,7 @@ def test_three_iterations_of_ls_gan_equal_numpy(monkeypatch, changed):
 def test_minibatch_discrimination_and_virtual_batch_norm():
     layer, f = improved_gan.MinibatchDiscrimination(3, 2), torch.randn(6, 3)
     M = np.array([[f_i.numpy() @ layer.T.detach().numpy()[:, b] for b in range(2)] for f_i in f])       # (m, B, C)
-    others = np.exp(-abs(M[:, None] - M).sum(3)).sum(1) - 1
-    torch.testing.assert_close(layer(f), torch.tensor(others))
+    torch.testing.assert_close(layer(f), torch.tensor(np.exp(-abs(M[:, None] - M).sum(3)).sum(1) - 1))
     layer.start(f)
     nearest = (layer.distances(f) + 1000 * torch.eye(6)).amin(2)
     torch.testing.assert_close(nearest.mean(1), torch.full((2,), 2.0))
@@ -262,7 +257,7 @@ def test_losses_in_closed_form():
 
 def test_semi_supervised_networks_and_their_start():
     D, G, seen = semi_supervised.Classifier(1, 8), semi_supervised.Generator(), []
-    dense = [layer for layer in [*D.modules(), *G] if isinstance(layer, Dense)]
+    dense = [layer for layer in [*D.modules(), *G] if isinstance(layer, semi_supervised.Dense)]
     assert [it.v.shape[0] for it in dense] == [1000, 500, 250, 250, 250, 10, 784]
     assert [it.noise for it in dense] == [0.6, 0.5, 0.5, 0.5, 0.5, 0.5, 0]
     assert [it.g.requires_grad for it in dense] == [False] * 5 + [True] * 2
@@ -355,6 +350,9 @@ def test_captions_say_class_and_look_in_every_phrasing():
         assert texts == {phrase.format(what) for phrase in text2image.PHRASES}
     codes = encode(["A Seven", "é" * 100, ""])              # ASCII, 64 of them
     assert [bytes(each.tolist()).decode() for each in codes] == ["a seven".ljust(64), "?" * 64, " " * 64]
+    h = (phi := text2image.TextEncoder())(codes)
+    torch.testing.assert_close(phi(codes[:1]), h[:1])       # a text's vector is its own
+    assert text2image.Discriminator(width=1)(torch.zeros(3, 1, 32, 32), h).shape == (3,)
 
 
 class TinyG(nn.Linear):
@@ -416,17 +414,6 @@ def test_one_iteration_of_phi_and_two_of_g_and_d_equal_numpy(monkeypatch, change
     np.testing.assert_allclose([*w_3[:65], *theta_3], [*w, *theta], 1e-5, 1e-6)
 
 
-def test_generate_draws_a_text_by_seed_and_number_alone():
-    G, phi, noise = text2image.Generator(width=1).eval(), text2image.TextEncoder(), torch.Generator().manual_seed(4)
-    nn.init.normal_(phi.last.weight)                        # so that a text is seen
-    torch.save(dict(config=dict(width=1), G=G.state_dict(), phi=phi.state_dict()), "checkpoint.pt")
-    text2image.main(["--out=.", "--generate=2", "--text=a thin seven", "--seed=4", "--device=cpu"])
-    for i in range(2):
-        x = G(torch.randn(1, 100, generator=noise), phi(encode(["a thin seven"]))).detach()
-        common.save_images(x[..., 2:-2, 2:-2], "expected.png")
-        assert Path(f"generated/a-thin-seven-4-{i:06d}.png").read_bytes() == Path("expected.png").read_bytes()
-
-
 def photograph(path, pixels, **more):
     Path(path).parent.mkdir(exist_ok=True, parents=True)
     Image.fromarray(pixels.astype(np.uint8)).save(path, **more)
@@ -435,6 +422,8 @@ def photograph(path, pixels, **more):
 def test_srgans_networks_are_figure_4s():
     G, D = srgan.Generator(16, 64), srgan.Discriminator(96, 64)
     assert [sum(p.numel() for p in net.parameters()) for net in (G, D)] == [1_549_462, 23_565_505]
+    assert [line.split()[2] for line in described(D) if " k3 " in line] == ["s1", "s2"] * 4
+    assert described(D).count("LeakyReLU 0.2") == 9 and D(torch.zeros(2, 3, 96, 96)).shape == (2,)
     first, prelu, (block, *last), *_ = srgan.Generator(1, 4)
     h = prelu(first(torch.rand(2, 3, 5, 7)))                # skips over each block, and over all
     by_hand = h + nn.Sequential(*last)(h + nn.Sequential(*block)(h))
@@ -477,7 +466,7 @@ def quarter(x):
 
 @pytest.mark.parametrize("changed", [{}, dict(pretrain_lr=0.03, lr=0.02, adversarial=0.5, batch_size=3, crop=16,
                                               content="vgg22")])
-def test_two_steps_of_srresnet_and_four_of_srgan_equal_numpy(monkeypatch, changed):
+def test_two_steps_of_srresnet_and_four_of_srgan_equal_numpy(monkeypatch, capsys, changed):
     """G(LR): θ (3x3, 3) of colours, every pixel 4x4 times;  D(x) = <w, (x, 1)>"""
     rng, crops, batches, networks = np.random.default_rng(0), srgan.crops, [], []
     for i in range(20):
@@ -507,6 +496,9 @@ def test_two_steps_of_srresnet_and_four_of_srgan_equal_numpy(monkeypatch, change
     def D_of(x):                                            # σ(D(x)), and what is multiplied by w
         by_w = np.column_stack([x.reshape(len(x), -1), np.ones(len(x))])
         return 1 / (1 + np.exp(-by_w @ w)), by_w
+    def psnr(SR):                                           # on Y, without the borders
+        off = np.tensordot([65.481, 128.553, 24.966], (SR.clip(-1, 1) - test) / 2, (0, 1))[:, 4:-4, 4:-4]
+        return (10 * np.log10(255**2 / (off**2).mean((1, 2)))).mean()
     for t, (opt_G.lr, (paths, HR)) in enumerate(zip(rates, batches, strict=True), 1):
         assert HR.shape == (k["batch_size"], 3, k["crop"], k["crop"]) and paths == [*range(14)]
         u = quarter(HR)
@@ -520,14 +512,14 @@ def test_two_steps_of_srresnet_and_four_of_srgan_equal_numpy(monkeypatch, change
             l_Gen = -np.log(D_SR).mean()
             by_SR = by_SR + k["adversarial"] * np.outer(D_SR - 1, w[:-1]).reshape(SR.shape) / len(SR)
         theta = opt_G.step(theta, np.append(np.einsum("moij,mcij->oc", by_SR, u), by_SR.sum((0, 2, 3))))
-        off = np.tensordot([65.481, 128.553, 24.966], (G_of(quarter(test)).clip(-1, 1) - test) / 2, (0, 1))
-        psnr = (10 * np.log10(255**2 / (off[:, 4:-4, 4:-4] ** 2).mean((1, 2)))).mean()
-        rows.append(dict(l_X=l_X, l_Gen=l_Gen, l_D=l_D, psnr=psnr))
+        rows.append(dict(l_X=l_X, l_Gen=l_Gen, l_D=l_D, psnr=psnr(G_of(quarter(test)))))
+    LR = torch.tensor(quarter(test)[..., ::4, ::4])
+    bicubic = TF.resize(LR, 48, TF.InterpolationMode.BICUBIC, antialias=True)
+    assert f"{psnr(2 * bicubic.numpy() - 1):.2f}" in capsys.readouterr().out
     assert_left(rows, (), G=(G, theta, opt_G), D=(D, w, opt_D))
 
 
 def test_photographs_of_a_folder_are_enlarged_by_the_run(monkeypatch, capsys):
-    """Upright, of any size, grey or not, in strips as at once; damaged and too large ones are named"""
     G, rng, exif = srgan.Generator(1, 2).eval().requires_grad_(False), np.random.default_rng(0), Image.Exif()
     turned, exif[0x0112] = rng.integers(0, 256, (9, 14, 3)), 6      # 6: to be turned to the right
     photograph("mine/turned.png", turned, exif=exif)
@@ -557,11 +549,9 @@ GRAPHS = [name for name in RUNS if name not in ("text2image", "srgan")]
 
 
 def main(name, words):
-    script, words = importlib.import_module(f"related.{name}"), f"{RUNS[name]} --save-every 3 {words}".split()
-    if name in GRAPHS:
-        script.main(script.train, script.generate, words)
-    else:
-        script.main(words)
+    script = importlib.import_module(f"related.{name}")
+    parts = (script.train, script.generate) if name in GRAPHS else ()
+    script.main(*parts, f"{RUNS[name]} --save-every 3 {words}".split())
 
 
 @pytest.fixture
@@ -571,6 +561,11 @@ def few(monkeypatch):                                       # 2,000 images of ev
         monkeypatch.setattr(script, "load_set", lambda *of, **kw: tuple(part[:2000] for part in load(*of, **kw)))
     for i in range(7):
         common.save_images(torch.rand(1, 3, 24, 24) * 2 - 1, f"photos/{i}.png")
+
+
+def assert_shows(file, x):
+    common.save_images(x, "expected.png")
+    assert Path("expected.png").read_bytes() == Path(file).read_bytes()
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -584,16 +579,20 @@ def test_three_steps_and_three_steps_are_six_steps_which_generate(name, few):
     assert len(list(Path("parts").glob("*d/*.png"))) == n
     with pytest.raises(SystemExit, match="^0$"):
         main(name, "--help")
+    load, noise = importlib.import_module(f"related.{name}").load, torch.Generator().manual_seed(0)
     if name in GRAPHS:
-        G = importlib.import_module(f"related.{name}").load("parts/checkpoint.pt")
-        common.save_images(G(torch.randn(64, 8, generator=torch.Generator().manual_seed(0))), "expected.png")
-        assert Path("expected.png").read_bytes() == Path("parts/000006.png").read_bytes()
+        assert_shows("parts/000006.png", load("parts/checkpoint.pt")(torch.randn(64, 8, generator=noise)))
+    if name == "text2image":
+        (G, phi), z = load("parts/checkpoint.pt"), torch.randn(6, 100, generator=noise).repeat(6, 1)
+        assert_shows("parts/000006.png", G(z, phi(encode(text2image.SHOWN)).repeat_interleave(6, 0)))
+        z = torch.randn(1, 100, generator=noise.manual_seed(0))
+        assert_shows("parts/generated/a-seven-0-000000.png", G(z, phi(encode(["a seven"])))[..., 2:-2, 2:-2])
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_graph_equals_eager_steps(name, few):
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):    # to compare them closely
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):      # to compare closely
         main(name, "--steps 9 --out eager --device cuda")
         main(name, "--steps 9 --out graph --device cuda --graph")
     for part in "G", "D":
