@@ -1,18 +1,18 @@
-"""SRGAN, "Photo-Realistic Single Image Super-Resolution Using a GAN", https://arxiv.org/abs/1609.04802 (2017)
+"""SRGAN, "Photo-Realistic Single Image Super-Resolution Using a Generative Adversarial Network" (2017)
+https://arxiv.org/abs/1609.04802
 Ledig, Theis, Huszár, Caballero, Cunningham, Acosta, Aitken, Tejani, Totz, Wang, Shi
 
 G makes a picture four times as wide and high. Trained for the pixels' squared error alone (SRResNet), it paints the
 mean of all that may have been there: smooth. Then D, which tells its pictures from photographs, has a say, too.
 `--enlarge FOLDER` writes the pictures of a folder, four times as wide and high, into OUT/enlarged.
 
-    l_SR = l_X + 10⁻³ l_Gen     (3)             l_MSE = mean (I_HR - G(I_LR))²                      (4)
-    l_Gen = -log D(G(I_LR))     (6)             l_VGG = mean ((φ(I_HR) - φ(G(I_LR))) / 12.75)²      (5)
+    l_SR = l_X + 10⁻³ l_Gen     (3)             l_MSE = mean ‖I_HR - G(I_LR)‖²                      (4)
+    l_Gen = -log D(G(I_LR))     (6)             l_VGG = mean ‖(φ(I_HR) - φ(G(I_LR))) / 12.75‖²      (5)
 
 Differs from the paper:
 - l_X is l_MSE (their SRGAN-MSE); --content vgg54 (their SRGAN) or vgg22 downloads torchvision's VGG-19. SRResNet is
   trained by l_MSE for all three, and its Adam goes on in SRGAN; SRResNet-VGG22, with total variation, is not here.
-- (4), (5) print sums over channels, (6) one over the batch of N; here all are means. So beside l_Gen, l_MSE weighs
-  N/3 times what is printed, l_VGG N/512 or N/128 times.
+- (6) prints a sum over the batch; here all three losses are means over it.
 - I_LR is bicubic, as in §3.2 (§2.1: Gaussian, subsampled), and of 8 bits. G has no tanh; Figure 4 does not say.
 - For two CPU cores: 4 blocks of 32 maps, 8 crops of 48x48, 3,000 steps, 1,000 at ten times their lr. On ImageNet:
   --blocks 16 --width 64 --batch-size 16 --crop 96 --pretrain-lr 1e-4 --pretrain 1000000 --steps 1200000"""
@@ -27,7 +27,7 @@ import torchvision
 import wgan_gp
 from PIL import Image, ImageOps
 from torch import cuda, nn
-from torch.nn.functional import interpolate, mse_loss, softplus
+from torch.nn.functional import interpolate, softplus
 from torchvision.datasets.folder import is_image_file
 from torchvision.transforms.functional import normalize, pil_to_tensor, to_pil_image
 from common import save_animation, save_images
@@ -159,14 +159,14 @@ def train(
         opt_G.param_groups[0]["lr"] = opt_D.param_groups[0]["lr"] = now
         HR = next(I_HR)
         SR = G(downscale(HR))
-        l_X = mse_loss(SR, HR)                              # (4)
+        l_X = (HR - SR).square().sum(1).mean()              # (4)
         l_Gen = l_D = torch.zeros_like(l_X)                 # §3.2  SRResNet: l_MSE alone
         if step > pretrain:                                 # §3.2  SRGAN, from there on
             l_D = (softplus(-D(HR)) + softplus(D(SR.detach()))).mean()
             opt_D.zero_grad()
             l_D.backward(inputs=w)                          # (2)   max_D log D(I_HR) + log(1 − D(G(I_LR)))
             opt_D.step()
-            l_X = mse_loss(phi(SR), phi(HR)) if phi else l_X                # (5)
+            l_X = (phi(HR) - phi(SR)).square().sum(1).mean() if phi else l_X        # (5)
             l_Gen = softplus(-D(SR)).mean()                 # (6)   −log D(G(I_LR))
         l_SR = l_X + adversarial * l_Gen                    # (3)
         opt_G.zero_grad()

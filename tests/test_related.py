@@ -503,7 +503,7 @@ def test_two_steps_of_srresnet_and_four_of_srgan_equal_numpy(monkeypatch, capsys
         assert HR.shape == (k["batch_size"], 3, k["crop"], k["crop"]) and paths == [*range(14)]
         u = quarter(HR)
         SR, scale = G_of(u), 9 if changed and t > 2 else 1  # of what stands for the features
-        l_X, l_Gen, l_D, by_SR = scale * ((HR - SR)**2).mean(), 0, 0, scale * 2 * (SR - HR) / SR.size
+        l_X, l_Gen, l_D, by_SR = scale * ((HR - SR)**2).sum(1).mean(), 0, 0, scale * 2 * (SR - HR) / SR[:, 0].size
         if t > 2:
             opt_D.lr, (D_HR, HR_by_w), (D_SR, SR_by_w) = opt_G.lr, D_of(HR), D_of(SR)
             l_D = (-np.log(D_HR) - np.log(1 - D_SR)).mean()
