@@ -84,7 +84,7 @@ def train(
     pretrain=1000,          #           steps of φ, before those of G and D
     width=16,               #           feature maps at 16x16 pixels
     dataset="mnist",        #           mnist alone: texts speak of digits
-    steps=6000,             #           of φ, and then, S, of D and G
+    steps=7500,             #           of φ, and then, S, of D and G
     seed=0,                 #           of every random number but the pictures' latents
     device="cuda" if cuda.is_available() else "cpu",    #       any torch device: cpu, cuda, cuda:1, mps, ...
     out: str = None,        #           run folder (runs/SCRIPT-DATASET)
