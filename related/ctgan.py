@@ -11,7 +11,7 @@ and in G's loss, too: without it CT is 0.
 Differs from the paper, or from its authors' code, whose squares CT has, and whose steps the comments follow:
 - All images; the authors' MNIST script, whose λ₁, λ₂, M′, m and n_critic these are, takes --examples 1000. With all
   of CIFAR-10 and a plain CNN they found CT-GAN below WGAN-GP (issue 1 of their code).
-- Networks, initialisation, z, batches: wgan_gp.py's. lr, β₁ and the first dropout are those of the authors' ResNet,
+- Networks, initialisation, z, batches: wgan_gp.py's. lr, β₁ and the first dropout are those of their AC-GAN ResNet,
   where lr falls to 0 and G's batch has 128 images; here neither.
 - --width 16, --steps 1400, for two CPU cores and minutes; the authors took 50,000 steps (ResNet: 100,000)."""
 import torch
@@ -38,7 +38,7 @@ def consistency(D_x, D_x2, f_x, f_x2, m_prime=0.0):
 
 
 # ---- WGAN-GP's Algorithm 1 with the consistency term -------------------------------------------------------------
-def train(                      # the numbers of the authors' code for MNIST, but lr and beta1 of their ResNet
+def train(                      # λ₁ to n_critic, β₂, m: the authors' code for MNIST; lr, β₁: their ResNet
     lam1=10.0,              # λ₁        weight of the gradient penalty
     lam2=2.0,               # λ₂        weight of the consistency term
     m_prime=0.0,            # M′        differences up to it are free; taken off before λ₂, in their code after

@@ -11,10 +11,10 @@ image by a fixed batch and itself. `--kernels 0 --smooth 1 --no-vbn` is DCGAN. �
 Differs from the paper, or from its authors' code:
 - §3.2 prints Σ over all j, which adds 1; its text says "other". B = 100, C = 5, bias and start are as in the code
   for CIFAR: T so that the nearest image is at a mean distance of 2, the bias so that o has mean 0, here for one
-  batch, there for 500 images; T is weight-normalised there. ImageNet's: 300, 50, no start, two means, of real, of
+  batch, there for 500 images; T is weight-normalised there. ImageNet's: 300, 50, no start, two sums, of real, of
   generated.
-- α = 0.9 is the paper's example. Their only code with it (ImageNet's) has 0.75, and G aims at α/2.
-- §3.3, historical averaging, is not here: no code of theirs has it, the paper no weight; Table 3 leaves it out.
+- α = 0.9 is the paper's example. Their only code with it or VBN (of 16), ImageNet's, has 0.75; G aims at α/2.
+- §3.3, historical averaging, is not here: no code of theirs has it, the paper no weight (Table 3: -L+HA).
 - Networks, z, batches: lsgan.py's (DCGAN's own: 5x5 kernels, uniform z). Theirs are larger, D learns classes, too;
   on CIFAR G minimises E log(1 - D(G(z))), three steps to one of D. Adam's numbers are DCGAN's (theirs: 3e-4, on
   ImageNet 4e-4). --width 16, --steps 3000, for two CPU cores and minutes."""

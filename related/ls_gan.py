@@ -12,7 +12,7 @@ Differs from the paper, or from its author's code:
   at 0 on ten digits. E[L_θ(x)] does not count there, nor in glsgan.lua, which ends linear, as --real-weight 0 does.
 - Weights are clipped to [-c, c] after D's update, as in glsgan.lua (whose hinge may have a slope below 0: --slope);
   so are batch norm's, from about 1 to 0.08 at once. The paper decays weights, or clips them; lsgan.lua does neither.
-- Δ is the mean |difference| of pixels times τ; in his codes 0.0002 times the sum of 3x64x64 of them, which is the
+- Δ is the mean |difference| of pixels times τ; in both codes 0.0002 times the sum of 3x64x64 of them, which is the
   same there. His pairs are x_i and G(z_i) only; (8) has all. His G learns from the images that D has just seen.
 - lr is that of lsgan.lua (glsgan.lua's newest version: 2e-4); the paper's, 0.001, falls by epochs. Networks, z and
   batches are wgan.py's (his z: uniform). --width 16, --steps 6000, for two CPU cores and minutes; his: 25 epochs."""
@@ -30,7 +30,7 @@ def margin(x, x_tilde, tau):
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------------
 def train(
     lam=2.0,                # λ         weight of the hinge: 0.5, 1 or 2 in the paper, by cross-validation
-    real_weight=1.0,        #           of E[L_θ(x)]: 1 in (6), 0 in the author's codes
+    real_weight=1.0,        #           of E[L_θ(x)]: 1 in (6), 0 in lsgan.lua, glsgan.lua
     tau=2.4576,             # τ         the margin is this times the mean difference of two images' pixels
     slope=0.0,              #           of the hinge below 0, at most 1: GLS-GAN;  1, with real_weight 0: WGAN
     c=0.08,                 #           the weights of D are clipped to [-c, c]

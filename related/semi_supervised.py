@@ -9,8 +9,8 @@ classes; images without labels, and generated ones, where a class ends. G only m
 
 Differs from the paper, or from its authors' code for MNIST, whose networks these are:
 - The halves in L_unsup, and the mean over f's components, are the code's; the paper prints neither.
-- Pixels in [-1, 1]: tanh, not sigmoid, and twice the noise; G's last layer begins with larger v; batches are drawn
-  with replacement, theirs permuted. So lr is 1e-3: with their 3e-3 L_G grew and grew. z is normal, theirs uniform.
+- Pixels in [-1, 1]: tanh, not sigmoid, and twice the noise; G's last v begins larger, its second layer smaller;
+  batches are drawn with replacement. So lr is 1e-3: with their 3e-3 L_G grew and grew. z is normal, theirs uniform.
 - Adam divides by √v + 1e-4, theirs by √(v + 1e-8). D's average, which is tested, is divided by 1 - emaᵗ; theirs only
   starts from 0. As there, labelled images are unlabelled ones, too. --steps 12000 are 20 epochs; theirs: 300."""
 from copy import deepcopy

@@ -12,8 +12,8 @@ mean of all that may have been there: smooth. Then D, which tells its pictures f
 Differs from the paper:
 - l_X is l_MSE (their SRGAN-MSE); --content vgg54 (their SRGAN) or vgg22 downloads torchvision's VGG-19. SRResNet is
   trained by l_MSE for all three, and its Adam goes on in SRGAN; SRResNet-VGG22, with total variation, is not here.
-- (6) prints a sum over the batch; here all three losses are means over it.
-- I_LR is bicubic, as in §3.2 (§2.1: Gaussian, subsampled), and of 8 bits. G has no tanh; Figure 4 does not say.
+- (6) prints a sum over the batch; here all losses are means over it. (4), (5) print no channels: here, their sum.
+- I_LR is bicubic, as in §3.2 (§2: Gaussian, subsampled), and of 8 bits. G has no tanh; Figure 4 does not say.
 - For two CPU cores: 4 blocks of 32 maps, 8 crops of 48x48, 3,000 steps, 1,000 at ten times their lr. On ImageNet:
   --blocks 16 --width 64 --batch-size 16 --crop 96 --pretrain-lr 1e-4 --pretrain 1000000 --steps 1200000"""
 import warnings
@@ -107,7 +107,7 @@ def features(content, device):
 
 
 def psnr(x, y):
-    """§3.2  In dB, of Y (BT.601) without 4 pixels at the borders; in [-1, 1].  (m, 3, H, W), twice -> (m,)"""
+    """§3.1  In dB, of Y (BT.601) without 4 pixels at the borders; in [-1, 1].  (m, 3, H, W), twice -> (m,)"""
     of_Y = torch.tensor([65.481, 128.553, 24.966], device=x.device).view(3, 1, 1)
     off = ((x.clamp(-1, 1) - y.clamp(-1, 1)) / 2 * of_Y)[..., 4:-4, 4:-4].sum(1)
     return 10 * (255 ** 2 / off.square().mean((1, 2))).log10()
@@ -140,7 +140,7 @@ def train(
     if crop % 16 or size % 4 or size < 12 or content not in ("mse", "vgg54", "vgg22"):
         raise ValueError("--crop must be a multiple of 16, --size of 4, at least 12, --content mse, vgg54 or vgg22")
     if not 3 <= held_out <= len(paths) - batch_size:
-        raise ValueError(f"--dataset {dataset} has {len(paths)} photographs, --held-out 3 at least, and fewer")
+        raise ValueError(f"{dataset}'s {len(paths)} photographs must be --held-out, 3 at least, and --batch-size")
     torch.manual_seed(seed)
     G, D = Generator(blocks, width).to(device), Discriminator(crop, width).to(device)
     theta, w = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))
