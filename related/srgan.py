@@ -140,7 +140,7 @@ def train(
     if crop % 16 or size % 4 or size < 12 or content not in ("mse", "vgg54", "vgg22"):
         raise ValueError("--crop must be a multiple of 16, --size of 4, at least 12, --content mse, vgg54 or vgg22")
     if not 3 <= held_out <= len(paths) - batch_size:
-        raise ValueError(f"{dataset}'s {len(paths)} photographs must be --held-out, 3 at least, and --batch-size")
+        raise ValueError(f"--dataset {dataset}: {len(paths)} photographs, less than --held-out, 3 or more, and --batch-size")
     torch.manual_seed(seed)
     G, D = Generator(blocks, width).to(device), Discriminator(crop, width).to(device)
     theta, w = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))
