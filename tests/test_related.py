@@ -221,6 +221,7 @@ def test_the_critics_of_sngan_and_ctgan():
     for i, p in (0, 0.2), (2, 0.5), (4, 0.5):
         dropped += [*convolutions[i:i + 2], f"Dropout {p}"]
     assert [*map(described, ctgan.Critic(3, 32, 16))] == [dropped, ["Flatten", "Linear 1024-1+bias", "Flatten"]]
+    assert ctgan.Critic(3, 32, 16)(torch.zeros(2, 3, 32, 32)).shape == (2,)
 
 
 def test_with_its_techniques_and_without_them(monkeypatch):
