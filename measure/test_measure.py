@@ -247,3 +247,22 @@ def test_the_theorem_in_lsgans_docstring():
     chi2 = (((2 * p_g) - (p_d + p_g)) ** 2 / (p_d + p_g)).sum()
     np.testing.assert_allclose(2 * C(-1, 1, 0), chi2)
     assert abs(2 * C(0, 1, 1) - chi2) > 0.05
+
+
+def test_ssim_of_one_window_and_of_equal_images():
+    """Wang et al. 2004, by numpy"""
+    from photos import ssim
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (3, 3, 19, 19))                  # 11x11 pixels without the borders
+    y = np.clip(x + rng.normal(0, [[[[0.02]]], [[[0.1]]], [[[1]]]], x.shape), -1, 1)
+    window = np.array([[np.exp(-(i**2 + j**2) / (2 * 1.5**2)) for i in range(-5, 6)] for j in range(-5, 6)])
+    window /= window.sum()
+    for ours, a, b in zip(ssim(torch.tensor(x).float(), torch.tensor(y).float()), x, y):
+        a, b = (16 + 219 * np.tensordot([0.299, 0.587, 0.114], (it[:, 4:-4, 4:-4] + 1) / 2, 1) for it in (a, b))
+        E_a, E_b = (window * a).sum(), (window * b).sum()
+        var_a, var_b, both = ((window * (p - E_p) * (q - E_q)).sum()
+                              for p, E_p, q, E_q in ((a, E_a, a, E_a), (b, E_b, b, E_b), (a, E_a, b, E_b)))
+        expected = ((2 * E_a * E_b + 2.55**2) * (2 * both + 7.65**2)
+                    / ((E_a**2 + E_b**2 + 2.55**2) * (var_a + var_b + 7.65**2)))
+        assert ours.item() == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(ssim(x := torch.rand(2, 3, 40, 40), x), torch.ones(2))
