@@ -1,13 +1,13 @@
-"""Judges runs, or folders of images, of MNIST and Fashion-MNIST; of photographs, by the sliced Wasserstein distance
+"""How good the images of runs, or in folders, are
 
     python measure/evaluate.py runs/wgan_gp-mnist-7 runs/lsgan-mnist-7
+    python measure/evaluate.py runs/wgan-mnist-7/001000.pt                  (a checkpoint that --keep kept)
     python measure/evaluate.py --dataset mnist --digit 7 path/to/pngs
     python measure/evaluate.py --dataset path/to/photos runs/progan-photos
-    python measure/evaluate.py runs/wgan-mnist-7/001000.pt        (a checkpoint that --keep kept)
 
-A run's data set and class are those it was trained with (with another --dataset: all its classes). All are judged
-alike, by 5,000 images (a folder: by all that it has) against the test images, in the 128 features of a small
-classifier, which is trained once, in a few minutes, and kept beside the data sets:
+A run is judged by 5,000 images, a folder by all that it has, against the run's data set and class, or --dataset and
+--digit. With MNIST and Fashion-MNIST that is the test images, in the 128 features of a small classifier, which is
+trained once, in a few minutes, and kept beside the data sets:
 
     Fréchet     distance of the two Gaussians with the features' means and covariances (Heusel et al. 2017)
     precision   share of generated images that lie among real ones: not farther from one of them than its third
@@ -19,17 +19,17 @@ classifier, which is trained once, in a few minutes, and kept beside the data se
                 image's own nearest neighbour in the training set, pixel by pixel
     classes     how frequent each class is, in percent
 
-The line "training images" is the floor: what as many training images get, and as copies, what test images get.
-Runs that differ only in --seed are one line more, mean ± standard deviation. Figures compare only for one number of
-images and one classifier: another machine, or another version of this file, trains another one.
+The line "training images" is what as many training images get, and as copies, what test images get. Runs that
+differ in --seed alone have their mean and standard deviation below. With CIFAR-10 and photographs it is the sliced
+Wasserstein distance to the training images (ProGAN, §5) by levels of a Laplacian pyramid: small at coarse ones for
+similar shapes, at fine ones for similar texture. Figures compare for one number of images and one classifier only.
 """
 import argparse
 import importlib
-import inspect
-import os
+import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -38,57 +38,35 @@ from torchvision.transforms import functional as TF
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
-from swd import side_of, swd  # noqa: E402
 
 GREY = ("mnist", "fashion-mnist")
 
 
-# ---- The classifier ----------------------------------------------------------------------------------------------
-
-class Classifier(nn.Module):
-    """Grey images -> scores of ten classes.  uint8 (n, 1, 28, 28) -> (n, 10)"""
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(                          # (n, 128)
+def classifier_of(images, labels, path, epochs=3):
+    """[0]: grey pixels from 0 to 1, (n, 1, 28, 28) -> features, (n, 128); [1]: these -> scores of ten classes.
+    It is read from path; if nothing is there, it learns from uint8 images, (n, 1, 28, 28), and labels, (n,)"""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)                                    # always the same one
+        features = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Flatten(), nn.Linear(3136, 128), nn.ReLU())
-        self.scores = nn.Sequential(nn.Dropout(0.5), nn.Linear(128, 10))
-
-    def forward(self, images):
-        return self.scores(self.features(images / 255))
-
-
-def fit(images, labels, epochs=3):
-    """A classifier trained on uint8 (n, 1, 28, 28) and their classes (n,); always the same one"""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        classifier = Classifier()
-        optimizer = torch.optim.Adam(classifier.parameters(), 1e-3)
-        for _ in range(epochs):
-            for batch in torch.randperm(len(images)).split(128):
-                optimizer.zero_grad()
-                F.cross_entropy(classifier(images[batch]), labels[batch]).backward()
-                optimizer.step()
+        classifier = nn.Sequential(features, nn.Sequential(nn.Dropout(0.5), nn.Linear(128, 10)))
+        if path.exists():
+            classifier.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            print(f"training the classifier {path}, once ...", flush=True)
+            optimizer = torch.optim.Adam(classifier.parameters(), 1e-3)
+            for _ in range(epochs):
+                for batch in torch.randperm(len(images)).split(128):
+                    optimizer.zero_grad()
+                    F.cross_entropy(classifier(images[batch] / 255), labels[batch]).backward()
+                    optimizer.step()
+            torch.save(classifier.state_dict(), path)
     return classifier.eval().requires_grad_(False)
 
 
-def kept(path, images, labels):
-    """The classifier in the file path, which is trained and written if it is not there or made in another way"""
-    recipe = inspect.getsource(Classifier) + inspect.getsource(fit)
-    if path.exists() and (saved := torch.load(path, weights_only=True))["recipe"] == recipe:
-        classifier = Classifier()
-        classifier.load_state_dict(saved["classifier"])
-        return classifier.eval().requires_grad_(False)
-    print(f"training the classifier {path}, once ...", flush=True)
-    classifier = fit(images, labels)
-    torch.save(dict(recipe=recipe, classifier=classifier.state_dict()), f"{path}.{os.getpid()}")
-    os.replace(f"{path}.{os.getpid()}", path)
-    return classifier
-
-
 # ---- The figures -------------------------------------------------------------------------------------------------
-
 def frechet(a, b):
     """Fréchet distance of two sets of features: |μ_a − μ_b|² + tr(C_a + C_b − 2 (C_a C_b)^½).  (n, d), (n', d)"""
     (mean_a, cov_a), (mean_b, cov_b) = ((x.double().mean(0), torch.cov(x.double().T)) for x in (a, b))
@@ -108,24 +86,14 @@ def precision_recall(real, fake, k=3, most=2000):
             (distances <= reach_of_fake).any(1).double().mean().item())
 
 
-def nearest(x, others, without=None):
-    """Of every image its nearest among others, and how far that is.  without: (n,), one of the others for each x,
-    which does not count.  (n, d), (n', d) float -> (n,) indices, (n,)"""
-    distances = torch.cdist(x, others)
-    if without is not None:
-        distances[torch.arange(len(x)), without] = torch.inf
-    far, index = distances.min(1)
-    return index, far
-
-
 def copies(images, training, most=1000):
     """Share of images that are nearer to a training image than half its way to the next.  uint8 (n, ...)"""
-    training, images = training.flatten(1).float(), images[:most].flatten(1).float()
-    found, copied = [], 0
+    training, images, copied = training.flatten(1).float(), images[:most].flatten(1).float(), 0
     for x in images.split(250):
-        index, far = nearest(x, training)
-        found.append((nearest(training[index], training, index)[1], far))
-    copied = sum((far < way / 2).sum().item() for way, far in found)
+        far, nearest = torch.cdist(x, training).min(1)
+        others = torch.cdist(training[nearest], training)
+        others[torch.arange(len(x)), nearest] = torch.inf
+        copied += (far < others.min(1)[0] / 2).sum().item()
     return copied / len(images)
 
 
@@ -137,35 +105,75 @@ def inception_score(p):
 
 def entropy(counts):
     """Of a histogram, in bits"""
-    p = counts.double() / counts.sum()
-    return abs((p * p.clamp(min=1e-300).log2()).sum().item())     # every term is at most 0
+    return torch.special.entr(counts.double() / counts.sum()).sum().item() / math.log(2)
+
+
+# ---- The sliced Wasserstein distance (ProGAN, §5) ----------------------------------------------------------------
+def blurred(x):
+    """Smoothed by the 5x5 binomial filter (Burt & Adelson 1983), reflected at the borders.  (n, C, H, W)"""
+    taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]).to(x) / 16
+    kernel = torch.outer(taps, taps).expand(x.shape[1], 1, 5, 5)
+    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=x.shape[1])
+
+
+def laplacian(x, least=16):
+    """What each halving down to least pixels loses, and what is left: the levels, finest first.
+    (n, C, s, s) -> [(n, C, s, s), (n, C, s/2, s/2), ...]"""
+    levels = []
+    while x.shape[-1] % 2 == 0 and x.shape[-1] >= 2 * least:
+        smaller = blurred(x)[:, :, ::2, ::2]
+        spread = torch.zeros_like(x)
+        spread[:, :, ::2, ::2] = 4 * smaller                    # blurred again, this is the smaller one enlarged
+        levels.append(x - blurred(spread))
+        x = smaller
+    return [*levels, x]
+
+
+def patches(images, k, each, random):
+    """Patches of 7x7 pixels of level k of the pyramid, as many of each image, at random places; every colour with
+    mean 0 and standard deviation 1 over all of them.  uint8 (n, C, s, s) -> (n each, 49 C)"""
+    found = []
+    for part in images.split(256):
+        windows = laplacian(part.float())[k].unfold(2, 7, 1).unfold(3, 7, 1)    # (n, C, s - 6, s - 6, 7, 7), a view
+        rows, columns = torch.randint(windows.shape[2], (2, len(part), each), generator=random)
+        found.append(windows[torch.arange(len(part))[:, None], :, rows, columns].flatten(0, 1))
+    x = torch.cat(found)
+    std, mean = torch.std_mean(x, (0, 2, 3), correction=0, keepdim=True)
+    return ((x - mean) / std.clamp(min=1e-8)).flatten(1)        # a collapsed G may have the deviation 0
+
+
+def sliced_wasserstein(a, b, directions):
+    """The mean over the directions of the Wasserstein-1 distance of a and b projected on them, which is the mean
+    difference of the sorted projections.  (N, d), (N, d), (p, d) of length 1 -> float"""
+    means = [((a @ part.T).sort(0)[0] - (b @ part.T).sort(0)[0]).abs().mean(0) for part in directions.split(32)]
+    return torch.cat(means).mean().item()
+
+
+def swd(real, fake, per_image=128, projections=512):
+    """§5.  uint8 images, (n, C, s, s) and (n', C, s, s) -> {s: distance, s/2: ..., ..., 16: ...}, not times 1000.
+    Of both sets as many images are taken, at most 16,384 as in the paper"""
+    random, n, distances = torch.Generator().manual_seed(0), min(16384, len(real), len(fake)), {}
+    real, fake = (x[torch.randperm(len(x), generator=random)[:n]] for x in (real, fake))
+    for k, level in enumerate(laplacian(real[:1].float())):     # one level at a time: it takes gigabytes
+        a, b = (patches(x, k, per_image, random) for x in (real, fake))
+        directions = F.normalize(torch.randn(projections, a.shape[1], generator=random), dim=1)
+        distances[level.shape[-1]] = sliced_wasserstein(a, b, directions)
+    return distances
 
 
 # ---- Judging -----------------------------------------------------------------------------------------------------
-
-class Reference(NamedTuple):
-    """What images of a data set are compared with"""
-    classifier: Classifier
-    training: torch.Tensor      # uint8 (n, 1, 28, 28)
-    test: torch.Tensor          # uint8 (n', 1, 28, 28)
-    features: torch.Tensor      # (n', 128), of test
-    accuracy: float             # of the classifier, on all test images
-
-
 def reference(dataset, digit=None, root=None):
-    """The images of "mnist" or "fashion-mnist", of one class if digit is given, and the classifier of all.
-    ValueError for anything else"""
-    if dataset not in GREY:
-        raise ValueError(f"the classifier is for {' and '.join(GREY)}, not for {dataset}")
+    """What images are compared with: those of "mnist" or "fashion-mnist", of one class if digit is given, the
+    features of the test images, and the classifier of all classes"""
     root = Path(root or common.ROOT)
     (training, labels), (test, answers) = (common.load_set(dataset, root, train) for train in (True, False))
-    classifier = kept(root / f"classifier-{dataset}.pt", training, labels)
+    classifier = classifier_of(training, labels, root / f"judge-{dataset}.pt")
     features = features_of(classifier, test)
-    accuracy = (classifier.scores(features).argmax(1) == answers).double().mean().item()
     if digit is not None:
         training, test, features = training[labels == digit], test[answers == digit], features[answers == digit]
     order = shuffled(len(test))                                 # of MNIST's, the first half is the easier one
-    return Reference(classifier, training[shuffled(len(training))], test[order], features[order], accuracy)
+    return SimpleNamespace(classifier=classifier, training=training[shuffled(len(training))], test=test[order],
+                           features=features[order])
 
 
 def shuffled(n):
@@ -175,16 +183,16 @@ def shuffled(n):
 
 def features_of(classifier, images):
     """uint8 (n, 1, 28, 28) -> (n, 128)"""
-    return torch.cat([classifier.features(part / 255) for part in images.split(500)])
+    return torch.cat([classifier[0](part / 255) for part in images.split(500)])
 
 
 def judge(images, to, copied=None):
-    """The figures of uint8 images (n, C, s, s) against a Reference -> dict of floats, and "classes", (10,).
+    """The figures of uint8 images (n, C, s, s) against a reference -> dict of floats, and last "classes", (10,).
     copied: the images to count copies among, if they are others"""
     images = as_the_data_set(images)[shuffled(len(images))]     # a folder's may be sorted by class
     features = features_of(to.classifier, images)
     precision, recall = precision_recall(to.features, features)
-    scores = to.classifier.scores(features)
+    scores = to.classifier[1](features)
     counts = torch.bincount(scores.argmax(1), minlength=10)
     return {"Fréchet": frechet(to.features, features), "precision": precision, "recall": recall,
             "score": inception_score(scores.softmax(1)), "entropy": entropy(counts),
@@ -194,19 +202,15 @@ def judge(images, to, copied=None):
 def as_the_data_set(images):
     """uint8 (n, C, s, s) -> (n, 1, 28, 28): grey, scaled to 32x32, the border that the scripts add taken off"""
     images = TF.rgb_to_grayscale(images) if images.shape[1] == 3 else images
-    if images.shape[-1] == 28:
-        return images
-    return (images if images.shape[-1] == 32 else TF.resize(images, [32, 32], antialias=True))[..., 2:-2, 2:-2]
+    return images if images.shape[-1] == 28 else TF.resize(images, [32, 32], antialias=True)[..., 2:-2, 2:-2]
 
 
 @torch.no_grad()
 def sample(G, nz, n, seed=0):
     """The images that --generate N --seed SEED writes, border and all.  -> uint8 (n, C, s, s)"""
-    noise, parts = torch.Generator().manual_seed(seed), []
+    noise = torch.Generator().manual_seed(seed)
     z = torch.cat([torch.randn(1, nz, generator=noise) for _ in range(n)])      # one by one, as there
-    for x in map(G, z.split(64)):
-        parts.append(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
-    return torch.cat(parts)
+    return torch.cat([((G(part).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) for part in z.split(64)])
 
 
 def opened(run):
@@ -219,35 +223,10 @@ def opened(run):
     return importlib.import_module(name).load(path), saved      # all but these two have the generator of wgan_gp
 
 
-def shown(name, figures):
-    classes = " ".join(f"{100 * share:3.0f}" for share in figures["classes"])
-    return (f"{name:<36} {figures['Fréchet']:8.2f} {figures['precision']:10.3f} {figures['recall']:7.3f} "
-            f"{figures['score']:6.2f} {figures['entropy']:8.2f} {figures['copies']:7.3f}   {classes}")
-
-
-def spread(values):
-    """Mean ± standard deviation"""
-    values = torch.tensor(values, dtype=torch.float64)
-    return " ± ".join(f"{each:.{digits}g}" if each < 10 ** digits else f"{each:.0f}"
-                      for each, digits in ((values.mean(), 3), (values.std(), 2)))
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, kept checkpoint, or folder of images")
-    parser.add_argument("--dataset", help="what to compare with: mnist, fashion-mnist, or a folder of photographs "
-                        "(default: the run's; for folders of images: mnist)")
-    parser.add_argument("--digit", type=int, choices=range(10),
-                        help="only this class (default: what the run was trained with)")
-    parser.add_argument("--images", type=int, default=5000, help="of each run (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the latents (default: %(default)s)")
-    parser.add_argument("--root", help="where data sets and classifiers are kept (default: data/ of the project)")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)                                    # equal figures, whatever the number of cores
-    try:
-        compare(args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{error}\n")
+def line(name, figures):
+    *others, classes = figures.values()
+    others = [f"{each:9.3f}" for each in others]
+    print(f"{name:<44}", *others, " ", *(f"{100 * each:3.0f}" for each in classes), flush=True)
 
 
 def compare(args):
@@ -259,37 +238,46 @@ def compare(args):
         dataset = args.dataset or config.get("dataset", "mnist")
         digit = config.get("digit") if args.digit is None and dataset == config.get("dataset") else args.digit
         if saved:
-            images = sample(G, config["nz"], args.images, args.seed)
-            name = f"{run} ({saved['rows'][-1]['step']:,} steps)"
+            images, last_row = sample(G, config["nz"], args.images), saved["rows"][-1]
+            name = f"{run}: {last_row['step']} steps, {last_row['seconds'] / 60:.1f} min"
         else:
-            channels, name = 1 if dataset in GREY else 3, run
-            images = common.load_images(run, size=side_of(run) or 28, channels=channels, root=args.root)
-        if dataset not in common.DATASETS:
-            real = common.load_images(dataset, size=images.shape[-1], channels=images.shape[1], root=args.root)
-            distances = swd(real, images)
-            levels = ", ".join(f"{level}x{level}: {1000 * each:.2f}" for level, each in distances.items())
-            print(f"{name}: sliced Wasserstein distance x 1000, {levels}, "
-                  f"average: {1000 * sum(distances.values()) / len(distances):.2f}", flush=True)
+            size, channels, name = (28, 1, run) if dataset in GREY else (args.size, 3, run)
+            images = common.load_images(run, size=size, channels=channels, root=args.root)
+        if dataset not in GREY:
+            levels = swd(common.load_images(dataset, digit, images.shape[-1], images.shape[1], args.root), images)
+            print(f"{name}: sliced Wasserstein distance x 1000:",
+                  *(f"{level}x{level} {1000 * each:.2f}," for level, each in levels.items()),
+                  f"average {1000 * sum(levels.values()) / len(levels):.2f}", flush=True)
             continue
         if last != (dataset, digit, len(images)):
             last, to = (dataset, digit, len(images)), reference(dataset, digit, args.root)
-            floor = to.training[:len(images)]
+            floor = judge(to.training[:len(images)], to, copied=to.test)
             what = dataset if digit is None else f"{dataset}, class {digit}"
-            print(f"{what}: {len(images):,} images against {len(to.test):,} test images; "
-                  f"the classifier is right on {to.accuracy:.1%}\n"
-                  f"{'':<36} {'Fréchet':>8} {'precision':>10} {'recall':>7} {'score':>6} {'entropy':>8} "
-                  f"{'copies':>7}   classes 0 to 9 in percent")
-            print(shown(f"{len(floor):,} training images", judge(floor, to, copied=to.test)), flush=True)
+            print(f"{what}: {len(images):,} images against {len(to.test):,} test images")
+            print(" " * 44, *(f"{key:>9}" for key in floor))
+            line("training images", floor)
         figures = judge(images, to)
-        print(shown(name, figures), flush=True)
+        line(name, figures)
         if saved:
             same = config.keys() - {"seed", "steps", "save_every", "keep", "graph", "device", "root", "out"}
-            key = str([(setting, config[setting]) for setting in sorted(same)]), name.removeprefix(run)
+            key = last_row["step"], str([(setting, config[setting]) for setting in sorted(same)])
             groups.setdefault(key, []).append((run, figures))
     for runs, several in (zip(*group) for group in groups.values() if len(group) > 1):
-        figures = ", ".join(f"{key} {spread([each[key] for each in several])}"
-                            for key in several[0] if key != "classes")
-        print(f"{' '.join(runs)}: {len(runs)} seeds: {figures}")
+        columns = {key: torch.stack([torch.as_tensor(each[key]) for each in several]) for key in several[0]}
+        line(f"{runs[0]}, ..., {len(runs)} seeds: mean", {key: column.mean(0) for key, column in columns.items()})
+        line("    standard deviation", {key: column.std(0) for key, column in columns.items()})
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, kept checkpoint, or folder of images")
+    parser.add_argument("--dataset", help="mnist, fashion-mnist, cifar10, or a folder (the run's; else: mnist)")
+    parser.add_argument("--digit", type=int, choices=range(10), help="only this class (the run's)")
+    parser.add_argument("--images", type=int, default=5000, help="of each run (%(default)s)")
+    parser.add_argument("--size", type=int, default=64, help="of folders, beside photographs (%(default)s)")
+    parser.add_argument("--root", help="where data sets and classifiers are kept (data/ of the project)")
+    torch.set_num_threads(1)                                    # equal figures, whatever the number of cores
+    compare(parser.parse_args(argv))
 
 
 if __name__ == "__main__":
