@@ -147,8 +147,8 @@ def measured(name, width=16, size=None, device="cpu", rounds=5, steps=20):
     graph = f"{1000 * median(each['graph'] for each in times):.4g}" if "graph" in ways else ""
     usual = f"{median(each['usual'] / each['ms'] for each in times):.2f}" if "usual" in ways else ""
     share = median(flops.count / each["ms"] / (2 * 2048**3 / each["matrix"]) for each in times)
-    return [f"{name} {size or ''}", ms, graph, f"{1000 * images / float(ms):,.4g}", usual, f"{flops.count / 1e9:.4g}",
-            f"{share:.0%}", f"{mib:,.0f}"]
+    return [f"{name} {size}" if size else name, ms, graph, f"{1000 * images / float(ms):,.4g}", usual,
+            f"{flops.count / 1e9:.4g}", f"{share:.0%}", f"{mib:,.0f}"]
 
 
 def main(argv=None):

@@ -32,9 +32,8 @@ def test_frechet_against_numpy():
     A, B = np.cov(a.T), np.cov(b.T)
     root = np.sqrt(np.linalg.eigvals(A @ B)).sum()          # they do not commute
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B) - 2 * root
-    a, b = torch.tensor(a), torch.tensor(b)
-    assert evaluate.frechet(a, b) == pytest.approx(expected)
-    assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert evaluate.frechet(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected)
+    assert evaluate.frechet(torch.tensor(a), torch.tensor(a)) == pytest.approx(0, abs=1e-6)
     assert evaluate.frechet(torch.ones(5, 3), torch.zeros(7, 3)) == pytest.approx(3)        # without spread
 
 
