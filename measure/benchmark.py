@@ -10,8 +10,8 @@ prints a row for each, with medians of several rounds:
     images/s     real images that D sees
     usual        how many times as long the same step of wgan, wgan_gp or lsgan takes as it is commonly written, by
                  turns: a DataLoader without workers that transforms image by image, torch's default optimizers and
-                 memory format, gradients for D's weights, too, in G's steps; in wgan_gp G's gradients also in D's,
-                 where generated images are not detached
+                 memory format, gradients for D's weights, too, in G's steps; in wgan_gp D's steps also compute
+                 G's gradients, as generated images are not detached
     GFLOP        of convolutions and matrix products, per step
     matrix rate  the share of what the device reaches in products of 2048x2048 matrices, by turns
     MiB          peak memory of the process (not on Windows), or of the GPU

@@ -13,13 +13,13 @@ trained once, in a few minutes, and kept beside the data sets:
     precision   share of generated images that lie among real ones: not farther from one of them than its third
                 nearest real one is; of 2,000 images of each
     recall      share of real images that lie among generated ones (both: Kynkäänniemi et al. 2019)
-    score       inception score (Salimans et al. 2016), by the classifier: 1 to 10, for clear and various classes
+    score       inception score (Salimans et al. 2016), by the classifier: 1 to 10, for clear and varied classes
     entropy     of the classes that the classifier sees, in bits; ten equally frequent ones have 3.32
-    copies      share of generated images (of 1,000) whose nearest training image is less than half as far as that
-                image's own nearest neighbour in the training set, pixel by pixel
+    copies      share of generated images (of 1,000) that are less than half as far from their nearest training one
+                as that is from its own nearest, pixel by pixel
     classes     how frequent each class is, in percent
 
-The line "training images" is what as many training images get, and as copies, what test images get. Runs that
+The line "training images" judges as many training images; its copies are those among test images. Runs that
 differ in --seed alone have their mean and standard deviation below. With CIFAR-10 and photographs it is the sliced
 Wasserstein distance to the training images (ProGAN, §5) by levels of a Laplacian pyramid: small at coarse ones for
 similar shapes, at fine ones for similar texture. Figures compare for one number of images and one classifier only.
