@@ -3,7 +3,7 @@
     python measure/claims.py 1 2 4              (there are 1, 2, 4, 6, 7, 8, 11, 13, 15, 16, 18)
 
 trains what these claims need and is not there yet, in runs/claims: all ten digits, three seeds, two runs at a time
-with one thread each; stopped, it goes on where it was. 6 takes some four hours on two cores. Then it prints
+with one thread each; stopped, it goes on where it was. 6 takes some three hours on two cores. Then it prints
 measure/evaluate.py's figures.
 """
 import math
