@@ -14,7 +14,7 @@ prints a row for each, with medians of several rounds:
                  G's gradients, as generated images are not detached
     GFLOP        of convolutions and matrix products, per step
     matrix rate  the share of what the device reaches in products of 2048x2048 matrices, by turns
-    MiB          peak memory of the process (not on Windows), or of the GPU
+    MiB          peak memory of the process (on Linux), or of the GPU
 """
 import argparse
 import contextlib
@@ -133,7 +133,7 @@ def measured(name, width=16, size=None, device="cpu", rounds=5, steps=20):
     if "cuda" in device:
         mib = torch.cuda.max_memory_allocated() / 2**20
     else:
-        import resource                                     # not on Windows
+        import resource
         mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if name in ("wgan", "wgan_gp", "lsgan"):
         ways["usual"] = usual_step(name, width, device).__next__
@@ -156,7 +156,7 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", default=FIVE, metavar="SCRIPT", help=", ".join(FIVE))
     parser.add_argument("--width", type=int, default=16, help="of all but progan (default: %(default)s)")
     parser.add_argument("--size", type=int, help="of progan: 64, 128, ..., 1024 (default: the README's line, 32)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="in each round (default: %(default)s)")
     args = vars(parser.parse_args(argv))

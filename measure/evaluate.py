@@ -11,7 +11,7 @@ trained once, in a few minutes, and kept beside the data sets:
 
     Fréchet     distance of the two Gaussians with the features' means and covariances (Heusel et al. 2017)
     precision   share of generated images that lie among real ones: not farther from one of them than its third
-                nearest real one is; of 2,000 images of each
+                nearest real one is; of at most 2,000 images of each
     recall      share of real images that lie among generated ones (both: Kynkäänniemi et al. 2019)
     score       inception score (Salimans et al. 2016), by the classifier: 1 to 10, for clear and varied classes
     entropy     of the classes that the classifier sees, in bits; ten equally frequent ones have 3.32
@@ -20,9 +20,9 @@ trained once, in a few minutes, and kept beside the data sets:
     classes     how frequent each class is, in percent
 
 The line "training images" judges as many training images; its copies are those among test images. Runs that
-differ in --seed alone have their mean and standard deviation below. With CIFAR-10 and photographs it is the sliced
-Wasserstein distance to the training images (ProGAN, §5) by levels of a Laplacian pyramid: small at coarse ones for
-similar shapes, at fine ones for similar texture. Figures compare for one number of images and one classifier only.
+differ in --seed alone have their mean and standard deviation below. Figures compare for one classifier, one number
+of images, and 28x28 or 32x32 pixels. CIFAR-10 and photographs: the sliced Wasserstein distance to the training
+images (ProGAN, §5) by levels of a Laplacian pyramid, small at coarse ones for similar shapes, at fine for texture.
 """
 import argparse
 import importlib
@@ -220,7 +220,7 @@ def opened(run):
         return None, None
     saved = torch.load(path, map_location="cpu", weights_only=True)
     name = "progan" if "G_ema" in saved else "related.improved_gan" if "vbn" in saved["config"] else "wgan_gp"
-    return importlib.import_module(name).load(path), saved      # all but these two have the generator of wgan_gp
+    return importlib.import_module(name).load(path), saved      # sngan, ...: that of wgan_gp
 
 
 def line(name, figures):
@@ -261,8 +261,8 @@ def compare(args):
         if saved:
             same = config.keys() - {"seed", "steps", "save_every", "keep", "graph", "device", "root", "out"}
             key = last_row["step"], str([(setting, config[setting]) for setting in sorted(same)])
-            groups.setdefault(key, []).append((run, figures))
-    for runs, several in (zip(*group) for group in groups.values() if len(group) > 1):
+            groups.setdefault(key, {})[config["seed"]] = run, figures
+    for runs, several in (zip(*group.values()) for group in groups.values() if len(group) > 1):
         columns = {key: torch.stack([torch.as_tensor(each[key]) for each in several]) for key in several[0]}
         line(f"{runs[0]}, ..., {len(runs)} seeds: mean", {key: column.mean(0) for key, column in columns.items()})
         line("    standard deviation", {key: column.std(0) for key, column in columns.items()})
@@ -274,7 +274,7 @@ def main(argv=None):
     parser.add_argument("--dataset", help="mnist, fashion-mnist, cifar10, or a folder (the run's; else: mnist)")
     parser.add_argument("--digit", type=int, choices=range(10), help="only this class (the run's)")
     parser.add_argument("--images", type=int, default=5000, help="of each run (%(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="of folders, beside photographs (%(default)s)")
+    parser.add_argument("--size", type=int, default=64, help="of folders, if not of MNIST (%(default)s)")
     parser.add_argument("--root", help="where data sets and classifiers are kept (data/ of the project)")
     torch.set_num_threads(1)                                    # equal figures, whatever the number of cores
     compare(parser.parse_args(argv))

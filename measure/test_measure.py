@@ -115,8 +115,8 @@ def test_command_line(capsys):
         trained("wgan", seed=seed, out=f"run-{seed}")
     wgan.generate(Path("run-0"), 40, 0, "cpu")
     capsys.readouterr()
-    evaluate.main(["run-0", "run-1", "--images", "40"])     # of digit 7, as trained
-    made, what, head, floor, first, second, mean, deviation = capsys.readouterr().out.splitlines()
+    evaluate.main(["run-0", "run-1", "run-0/checkpoint.pt", "--images", "40"])      # of digit 7, as trained
+    made, what, head, floor, first, second, _, mean, deviation = capsys.readouterr().out.splitlines()
     evaluate.main(["run-0/generated", "--digit", "7"])
     *_, what_again, head_again, floor_again, same = capsys.readouterr().out.splitlines()
     assert (what, head, floor) == (what_again, head_again, floor_again) and "class 7: 40 images against" in what
