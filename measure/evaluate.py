@@ -7,7 +7,7 @@
 
 A run is judged by 5,000 images, a folder by all that it has, against the run's data set and class, or --dataset and
 --digit. With MNIST and Fashion-MNIST that is the test images, in the 128 features of a small classifier, which is
-trained once, in a few minutes, and kept beside the data sets:
+trained once, in a minute or two, and kept beside the data sets:
 
     Fréchet     distance of the two Gaussians with the features' means and covariances (Heusel et al. 2017)
     precision   share of generated images that lie among real ones: not farther from one of them than its third
