@@ -8,9 +8,9 @@ images and raises it for generated ones, up to a margin m; G lowers it. The pull
 
 Differs from the paper (authors' code: none found; of the appendix only quotations):
 - No experiment of the paper has these together: lr 0.001 and margin 10 are those of its fully connected networks on
-  MNIST (§4.1), D's layers at --width 64, 64-128-256, and 0.1 those for 64x64 images (appendix F); G, N(0, 0.02) and
-  LeakyReLU are WGAN's (quoted: ReLU, and D's N(0, 0.002)). Batch size, β₁, β₂, --width 16, --steps 6000: ours.
-- ‖·‖ is printed without a 2. The code is the encoder's whole last map. One z for both losses, D's update first."""
+  MNIST (§4.1), D's layers at --width 64, and 0.1, those for 64x64 images (appendix F; quoted: ReLU, margins 80, 20,
+  N(0, 0.002) in D). G, N(0, 0.02), D's LeakyReLU are WGAN's; Adam's β, batch size, --width, --steps are ours.
+- ‖·‖ has no 2 in print. The code is the encoder's last map, N(0, 1) §2's example. z serves D's update, then G's."""
 import json
 import os
 import re

@@ -18,10 +18,12 @@ Differs from the paper, or from its authors' code:
   are N(0, 0.02), 62 % are cut.
 - D has batch norm, as the authors' has: a score depends on the whole batch, so D is no function of one image.
   Behind clipped weights variances are about batch norm's ε, 1e-5, on which the estimate's scale so depends, too.
-- Batches are drawn with replacement, pictures use running statistics; the authors: by epochs, the batch's own.
+- Batches are drawn with replacement, pictures use running statistics. In their code: by epochs, whose last update
+  of G may follow fewer critic updates; the batch's own statistics.
 - RMSProp's decay 0.99 and ε = 1e-8 are those of their code; the paper names none. MNIST is not among its data sets.
 - --width 16, 32x32, --steps 6000, for two CPU cores and minutes; the authors': 64, 64x64, 600,000 steps (figure 3).
-- Not here, though in their code: 100 critic updates in each of steps 1 to 25, 501, 1001, ..."""
+- Not here, though in their code: 100 critic updates in each of steps 1 to 25, 501, 1001, ...
+The log's wasserstein is at most K times the distance, and K is not known."""
 import json
 import os
 import re
