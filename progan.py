@@ -5,16 +5,21 @@ G and D begin at 4x4 pixels, where images are simple, and are doubled again and 
 layers is not switched on but faded in: its weight alpha grows from 0 to 1, and the real images are faded alike. The
 loss is any GAN's; here, as in the paper's main results, WGAN-GP's with one critic update per generator update:
 
-    L = D(x_tilde) - D(x) + λ/γ² (‖∇_x_hat D(x_hat)‖₂ - γ)² + ε_drift D(x)²      (A.1; γ: §6.5)
+    L = D(x_tilde) - D(x) + λ/γ² (‖∇_x_hat D(x_hat)‖₂ - γ)² + ε_drift D(x)²      (WGAN-GP; A.1; γ: §6.5)
 
 Differs from the paper, or from its authors' code:
+- The gradient of the penalty is taken in pixels of the last resolution, as in their code, which enlarges all images
+  to it. The paper does not say; in the current resolution's pixels the norm would halve whenever a fade begins.
 - Adam is reset when a fade begins and when it ends: the authors' code; the paper does not say.
 - Weights are multiplied by He's constant (§4.1 divides by it); gain 1 in toRGB and in D's last layer: their code.
-- Pixel norm after every 3x3 convolution (A.1) and on the latents; in their code after the first, 4x4, too.
-- Minibatch standard deviation over the whole minibatch (§3), of each process; in their later code over groups of 4.
+- Pixel norm after every layer of G but toRGB (§4.2, their code; A.1: after every 3x3), and on the latents.
+- Minibatch standard deviation over the minibatch (§3) of each process; in their later code over groups of 4, or 16.
+- D's last layer but one has as many feature maps as those at 4x4; in their code fmap_base, but at most fmap_max.
+- The average of G includes the newest update; in their later code it lags by one.
 - Lower resolutions are averages of the batch's pixels, not stored, and so not rounded to 8 bits.
-- With k processes (torchrun) a minibatch is k times as large, and a phase has k times fewer updates.
-- Not here: labels, mirrored images, epochs, a lower lr for the first 40 thousand images, more steps at the end."""
+- With k processes (torchrun) each takes 1/k of the minibatch, rounded up (their later code: down).
+- Not here: labels, mirrored images, epochs, a lower lr for the first 40 thousand images, a higher one for more
+  processes, more steps at the end."""
 import copy
 import json
 import os
@@ -84,7 +89,7 @@ class Generator(nn.Module):
         self.register_buffer("shown", torch.tensor(0))          # images so far, set when a picture is made of G_ema
         # One of the 4x4 weights meets the latent in each place; fan_in counts all 16, as in the authors' code.
         self.blocks = nn.ModuleList([nn.Sequential(             # (m, nz, 1, 1) -> (m, n[0], 4, 4)
-            Conv(nz, n[0], 4, padding=3), nn.LeakyReLU(0.2, True),
+            Conv(nz, n[0], 4, padding=3), nn.LeakyReLU(0.2, True), pixel_norm,
             Conv(n[0], n[0], 3, padding=1), nn.LeakyReLU(0.2, True), pixel_norm)])
         for a, b in zip(n, n[1:]):                              # (m, a, H, W) -> (m, b, 2H, 2W)
             self.blocks.append(nn.Sequential(
@@ -140,11 +145,6 @@ def schedule(images_shown, size=1024, kimg=800.0):
     return phase, 4 * 2 ** ((phase + 1) // 2), alpha
 
 
-def fade(x, alpha):
-    """Fig. 2: real images are faded as the generated ones are.  (m, C, H, W) -> (m, C, H, W)"""
-    return x if alpha == 1 else (1 - alpha) * upsample(downsample(x)) + alpha * x
-
-
 def grad_norm(D, x, resolution, alpha):
     """‖∇_x D(x)‖₂ of every image x, differentiable by D's weights.  (m, ...) -> (m,)"""
     x = x.detach().requires_grad_()
@@ -164,7 +164,7 @@ def train(
     drift=0.001,              # ε_drift   weight of D(x)², which keeps the scores near 0
     ema=0.999,                #           decay of the moving average of G; shorter runs need less
     kimg=800.0,               #           thousands of images to fade a resolution in, and to stabilise it
-    batch_size: int = None,   # m         images per batch and process (16 up to 128x128, then 14, 6, 3)
+    batch_size: int = None,   # m         images per batch, of all processes (16 up to 128x128, then 14, 6, 3)
     nz=512,                   # z         dimensions of the latent variable
     fmap_base=8192,           #           feature maps: 2 fmap_base / resolution, but at most fmap_max
     fmap_max=512,             #           feature maps where resolutions are low; fewer: smaller networks
@@ -206,7 +206,7 @@ def train(
     theta, w = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))     # inputs=w: ∇_w, no more
     opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), eps=1e-8, fused=True)
     opt_D = torch.optim.Adam(w, lr, (beta1, beta2), eps=1e-8, fused=True)
-    m = {4 * 2 ** k: batch_size or n for k, n in enumerate([16] * 6 + [14, 6, 3])}     # A.1: at 4x4, ..., 1024x1024
+    m = {4 * 2 ** k: ceil((batch_size or n) / world) for k, n in enumerate([16] * 6 + [14, 6, 3])}          # A.1
     P_r = batches(images, m[4], device)
     resolutions = [4 * 2 ** ((phase + 1) // 2) for phase in range(2 * int(log2(size)) - 3)]     # 4, 8, 8, 16, ...
     config["steps"] = steps or sum(ceil(1000 * kimg / (world * m[resolution])) for resolution in resolutions)
@@ -218,7 +218,7 @@ def train(
         x = next(P_r)[:m[resolution]]
         while x.shape[-1] > resolution:
             x = downsample(x)
-        x = fade(x, alpha)                                          # Fig. 2  real images fade as generated ones do
+        x = (1 - alpha) * upsample(downsample(x)) + alpha * x       # Fig. 2  real images fade as generated ones do
         z = torch.randn(len(x), nz, device=device)                  # A.1     latents; G puts them on a hypersphere
         eps = torch.rand(len(x), 1, 1, 1, device=device)
         with torch.no_grad():
@@ -226,8 +226,9 @@ def train(
         x_hat = eps * x + (1 - eps) * x_tilde
         D_x_tilde = D(x_tilde, resolution, alpha)                   # code    real and generated images apart: each
         D_x = D(x, resolution, alpha)                               #         minibatch has its standard deviation
-        penalty = (grad_norm(D, x_hat, resolution, alpha) - gamma) ** 2
-        L = (D_x_tilde - D_x                                        # A.1     L ← D(x_tilde) − D(x)
+        norm = grad_norm(D, x_hat, resolution, alpha)
+        penalty = (norm * resolution / size - gamma) ** 2           # code    norm in the last resolution's pixels
+        L = (D_x_tilde - D_x                                        # WGAN-GP L ← D(x_tilde) − D(x)
              + lam / gamma ** 2 * penalty                           # §6.5        + λ/γ² (‖∇_x_hat D(x_hat)‖₂ − γ)²
              + drift * D_x ** 2)                                    # A.1         + ε_drift D(x)²
         opt_D.zero_grad()
@@ -270,10 +271,8 @@ def train(
 # ---- The run: as in every script; nothing below is in the paper --------------------------------------------
 def average_gradients(parameters):
     """Over all processes, so that each makes the same step; with one there is nothing to do"""
-    if not dist.is_initialized():
-        return
     for p in parameters:
-        if p.grad is not None:
+        if dist.is_initialized() and p.grad is not None:
             dist.all_reduce(p.grad)
             p.grad /= dist.get_world_size()
 

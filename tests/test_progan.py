@@ -21,11 +21,11 @@ def test_layers_are_those_of_table_2():
         return ["{1}-{0}".format(*layer.weight.shape) if isinstance(layer, Conv) else type(layer).__name__[:9]
                 for layer in block]
     G, D, n = Generator(1024), Discriminator(1024), [512, 512, 512, 512, 256, 128, 64, 32, 16]
-    assert layers(G.blocks[0]) == ["512-512", "LeakyReLU", "512-512", "LeakyReLU", "PixelNorm"]
+    norm = ["LeakyReLU", "PixelNorm"]
+    assert layers(G.blocks[0]) == ["512-512", *norm, "512-512", *norm]
     assert layers(D.blocks[0]) == ["Minibatch", "513-512", "LeakyReLU", "512-512", "LeakyReLU", "512-1", "Flatten"]
     assert [D.blocks[0][k].weight.shape[-1] for k in (1, 3, 5)] == [3, 4, 1] and G.blocks[0][0].padding == 3
     for k, (a, b) in enumerate(zip(n, n[1:]), 1):
-        norm = ["LeakyReLU", "PixelNorm"]
         assert layers(G.blocks[k]) == ["Upsample", f"{a}-{b}", *norm, f"{b}-{b}", *norm]
         assert layers(D.blocks[k]) == [f"{b}-{b}", "LeakyReLU", f"{b}-{a}", "LeakyReLU", "AvgPool2d"]
     assert layers(G.to_rgb) == [f"{b}-3" for b in n]
@@ -88,8 +88,11 @@ def test_schedule(monkeypatch):
         assert [schedule(images, size, 0.005)[1:] for images in range(len(expected))] == expected
     monkeypatch.setattr(progan, "load_images", lambda *_: torch.zeros(1, 1, 4, 4, dtype=torch.uint8))
     monkeypatch.setattr(progan, "folder", lambda _, config: sys.exit(config["steps"]))
-    with pytest.raises(SystemExit, match="1464288"):        # 11 * 50,000 + 2 * (57,143 + 133,334 + 266,667)
-        progan.train(size=1024, fmap_max=1, nz=1, device="cpu")
+    for world, steps in (1, "1464288"), (8, "1050000"):     # 11 * 50,000 + 2 * (57,143 + 133,334 + 266,667)
+        for name, value in dict(is_initialized=world > 1, get_rank=0, get_world_size=world, barrier=0).items():
+            monkeypatch.setattr(progan.dist, name, lambda value=value: value)
+        with pytest.raises(SystemExit, match=steps):        # of 16 and 8 images: 13 * 50,000 + 4 * 100,000
+            progan.train(size=1024, fmap_max=1, nz=1, device="cpu")
 
 
 A0, B0 = np.linspace(-0.5, 0.7, 48).reshape(16, 3), np.sin(np.arange(192.0)).reshape(64, 3)
@@ -152,10 +155,10 @@ def test_six_steps_equal_numpy(monkeypatch, settings):
         x_tilde, eps = next(latents) @ W.T, next(epsilons).reshape(m, 1)
         x_hat = eps * x + (1 - eps) * x_tilde
         g, D_x, D_x_tilde = slope(x_hat), score(x), score(x_tilde)
-        norm = np.sqrt((g ** 2).sum(1))
+        norm = np.sqrt((g ** 2).sum(1)) * resolution / 8            # in pixels of 8x8
         penalty = (norm - p["gamma"]) ** 2
         L = D_x_tilde - D_x + p["lam"] * penalty / p["gamma"] ** 2 + p["drift"] * D_x ** 2
-        c = 2 * p["lam"] / p["gamma"] ** 2 * (norm - p["gamma"]) / norm / m
+        c = 2 * p["lam"] / p["gamma"] ** 2 * (norm - p["gamma"]) / norm * (resolution / 8) ** 2 / m
         of_real = (2 * p["drift"] * D_x - 1) / m            # ∂L/∂D(x)
         by_x = of_real @ x + x_tilde.mean(0) + c @ g
         by_s = of_real @ (x ** 2).sum(1) / 2 + (x_tilde ** 2).sum() / 2 / m + c @ (g * x_hat).sum(1)
@@ -180,6 +183,15 @@ def test_six_steps_equal_numpy(monkeypatch, settings):
     assert saved["opt_G"]["state"][1]["step"] == saved["opt_D"]["state"][1]["step"] == 2
 
 
+def test_a_fade_begins_with_the_same_penalty(monkeypatch):
+    D = TinyDiscriminator()
+    nn.init.zeros_(D.s)                                     # linear: its gradient is the same everywhere
+    Drawn(monkeypatch, progan, (1, 8, 8), Generator=TinyGenerator, Discriminator=lambda *_: D)
+    progan.train(lr=0.0, batch_size=8, nz=3, size=8, kimg=0.016, save_every=1, device="cpu", out="run")
+    at_4, at_8 = ((each.norm().item() - 1) ** 2 for each in (D.a / 2, D.b))
+    assert logged("run", "penalty")[[0, 1, 2, 4, 5], 0].tolist() == pytest.approx([at_4] * 3 + [at_8] * 2, rel=1e-5)
+
+
 def test_a_run_grows_and_ends_by_itself_and_continuing_is_exact():
     progan.train(**TINY, save_every=1, out="whole")
     rows = logged("whole", "step", "resolution", "alpha")
@@ -201,17 +213,10 @@ def test_a_run_grows_and_ends_by_itself_and_continuing_is_exact():
 
 JOB = f"""
 import sys; sys.path.insert(0, {str(Path(progan.__file__).parent)!r})
-import torch, progan, torch.distributed as dist
-settings = {TINY!r} | dict(kimg=0.032, dataset="photos", root="root", digit=None)
-drawn, randn = [], torch.randn
-def recorded(*args, **kwargs):
-    value = randn(*args, **kwargs)
-    if "generator" not in kwargs and len(args) == 2: drawn.append(value.flatten())
-    return value
-torch.randn = recorded
-G, D = progan.train(**settings, out="whole")
-rank = dist.get_rank()
-torch.save([[p.detach() for p in (*G.parameters(), *D.parameters())], torch.cat(drawn)], f"weights{{rank}}.pt")
+import torch, progan
+G, D = progan.train(**{TINY!r} | dict(dataset="photos", root="root", digit=None, out="whole"))
+rank = progan.dist.get_rank()
+torch.save([[p.detach() for p in (*G.parameters(), *D.parameters())], torch.randn(1000)], f"weights{{rank}}.pt")
 a, b, c = (torch.zeros(2, k) for k in (1, 2, 3))
 a.grad, b.grad = torch.full((2, 1), 1.0 + rank), torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * (2 * rank)
 progan.average_gradients([a, b, c])
@@ -227,12 +232,12 @@ def test_two_processes_train_as_one_and_only_the_first_writes():
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "job.py"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    (a, drawn_a), (b, drawn_b) = (torch.load(f"weights{rank}.pt") for rank in range(2))
+    (a, noise_a), (b, noise_b) = (torch.load(f"weights{rank}.pt") for rank in range(2))
     assert all(map(torch.equal, a, b))
-    assert len(drawn_a) == len(drawn_b) > 1000 and torch.isin(drawn_a, drawn_b).sum() < 5       # other noise
+    assert torch.isin(noise_a, noise_b).sum() < 5           # other noise
     saved = read("whole")
-    assert saved["rows"][-1]["step"] == 20 and saved["G_ema"]["shown"] == 20 * 8
+    assert saved["rows"][-1]["step"] == 20 and saved["G_ema"]["shown"] == 20 * 4
     for said in ("a new run", "decoding", "step 20 "):      # by the first
         assert sum(said in line for line in done.stdout.splitlines()) == 1
     with pytest.raises(ValueError, match="processes 2, not 1"):
-        progan.train(**TINY | dict(kimg=0.032, dataset="photos", root="root", digit=None), out="whole", steps=21)
+        progan.train(**TINY | dict(dataset="photos", root="root", digit=None), out="whole", steps=21)
