@@ -7,10 +7,10 @@ images and raises it for generated ones, up to a margin m; G lowers it. The pull
     E(x) = ‖Dec(Enc(x)) - x‖₂ (13) is the paper's D(x); here D(x) is Dec(Enc(x)). `--pt 0`: EBGAN, else EBGAN-PT
 
 Differs from the paper (authors' code: none found; of the appendix only quotations):
-- No experiment of the paper has these together: lr 0.001 and margin 10 are those of its fully connected networks on
-  MNIST (§4.1), D's layers at --width 64, and 0.1, those for 64x64 images (appendix F; quoted: ReLU, margins 80, 20,
-  N(0, 0.002) in D). G, N(0, 0.02), D's LeakyReLU are WGAN's; Adam's β, batch size, --width, --steps are ours.
-- ‖·‖ has no 2 in print. The code is the encoder's last map, N(0, 1) §2's example. z serves D's update, then G's."""
+- No experiment of the paper has all this: lr 0.001, margin 10 are of fully connected networks on MNIST (§4.1); D's
+  layers at --width 64 (appendix C) and 0.1 (F) of 64x64 images, margins 80, 20. C, as quoted, has ReLU, N(0, 0.002)
+  in D. WGAN's: G, N(0, 0.02), the encoder's LeakyReLU. Ours: the decoder's, Adam's β, batch size, --width, --steps.
+- The paper prints ‖·‖ without 2. Enc(x) is the whole last map. z ~ N(0, 1): §2's example; (1), (2) share one z."""
 import json
 import os
 import re
@@ -116,7 +116,7 @@ def train(
     fixed_z = torch.randn(64, nz, generator=torch.Generator().manual_seed(0)).to(device)     # of the pictures
 
     def iteration():
-        x = next(P_r)                                         # x ~ p_data
+        x = next(P_r)                                         # x ~ P_r, the paper's p_data
         z = torch.randn(len(x), nz, device=device)            # z ~ p_z, one for (1) and (2): G runs once
         x_tilde = G(z)
         E_x, E_x_tilde = energy(D, x)[0], energy(D, x_tilde.detach())[0]     # apart, for batch norm, as in G's step
@@ -126,7 +126,7 @@ def train(
         opt_D.step()
         E_G, S = energy(D, x_tilde)                           # by the new D
         f_PT = pulling_away(S.flatten(1))                     # (14) f_PT(S) = 1/(N(N−1)) Σ_i Σ_{j≠i} cos²(S_i, S_j)
-        L_G = E_G + pt * f_PT                                 # (2) L_G = E(G(z)); EBGAN-PT: + 0.1 f_PT (§2.4)
+        L_G = E_G + pt * f_PT                                 # (2) L_G = E(G(z)); EBGAN-PT (§2.4): + pt f_PT
         opt_G.zero_grad()
         L_G.mean().backward(inputs=theta)
         opt_G.step()

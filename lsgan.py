@@ -7,20 +7,20 @@ wants its own at c. The square pulls on every image, the harder, the farther it 
 
     min_D 1/2 E[(D(x) - b)²] + 1/2 E[(D(G(z)) - a)²]        min_G 1/2 E[(D(G(z)) - c)²]      (2)
 
-The default labels 0, 1, 1 are (9). `--a -1 --b 1 --c 0`, (8), have b - c = 1 and b - a = 2, as the theorem asks,
-and (9) has not: then G's loss against the best D, with 1/2 E[(D(x) - c)²] added, is half of what the paper calls
-χ²_Pearson(p_data + p_g ‖ 2 p_g), ∫ (2 p_g - (p_data + p_g))² / (p_data + p_g) dx.
+The default labels 0, 1, 1 are (9). Those of (8), `--a -1 --b 1 --c 0`, have b - c = 1 and b - a = 2, as (9)'s have
+not. With these two, the paper shows, G's loss against the best D, with 1/2 E[(D(x) - c)²] added, is half of what it
+calls χ²_Pearson(p_data + p_g ‖ 2 p_g), ∫ (2 p_g - (p_data + p_g))² / (p_data + p_g) dx.
 The Loss-Sensitive GAN (Qi, 1701.06264) is another: its D is a loss, to be lower on x than on G(z) by a margin
 Δ(x, G(z)), so it asks less separation of a realistic G(z) and more of a blurred one. Here the labels are fixed.
 
 Differs from the paper, or from its authors' code:
 - Networks: those of the first WGAN's code, N(0, 0.02), batch norm's γ N(1, 0.02), on 32x32 pixels in [-1, 1]. The
-  authors' differ from data set to data set; for characters of 28x28 in [0, 1]: 5x5 kernels, truncated normals,
-  biases, γ = 1, a fully connected layer in D, a sigmoid in G, labels in both.
-- Adam with (8), too; the authors' only published run with (8) has RMSProp.
+  authors' differ from data set to data set; for characters of 28x28 in [0, 1]: 5x5 kernels, truncated normals (D),
+  biases, γ = 1, one more fully connected layer in D, a sigmoid in G, the character's class given to both.
+- Adam with (8), too; the authors' only published run with (8) has RMSProp, 64x64 pixels, up to 5,000,000 steps.
 - --width 16, --steps 9000, for two CPU cores and minutes; the authors' characters: up to 1,000,000 steps.
 - z: 100 dimensions, N(0, 1), as in WGAN's code; in the authors' code 1,024, uniform on [-1, 1].
-- Batches are drawn with replacement, not by epochs; pictures use running statistics.
+- Batches are drawn with replacement, not by epochs.
 - The mean over the batch, as in (2); the authors' code has the sum, which Adam hides but for its ε.
 - lr and β₁ are the paper's, lr for 28x28 characters (112x112 scenes: 1e-3); β₂ = 0.999 is Adam's default."""
 import json

@@ -14,16 +14,16 @@ The authors' code has -f_w for D: there D lowers D(x) - D(G(z)), and G lowers D(
 Differs from the paper, or from its authors' code:
 - Line 2 prints t = 0, ..., n_critic, one pass too many: the text and the authors' code make n_critic, as done here.
 - The clip follows the update, as line 7 has it; in the authors' code it comes before, so that G sees weights a step
-  beyond c. As there, it reaches batch norm, too: its weights drop from about 1 to c at once; of the others, which
+  beyond c. As there, it reaches batch norm, too, whose weights drop from about 1 to c at once; of the others, which
   are N(0, 0.02), 62 % are cut.
 - D has batch norm, as the authors' has: a score depends on the whole batch, so D is no function of one image.
-  Behind clipped weights variances are about batch norm's ε, 1e-5, on which the estimate's scale so depends, too.
-- Batches are drawn with replacement, pictures use running statistics. In their code: by epochs, whose last update
-  of G may follow fewer critic updates; the batch's own statistics.
-- RMSProp's decay 0.99 and ε = 1e-8 are those of their code; the paper names none. MNIST is not among its data sets.
+  Behind clipped weights variances are about as small as batch norm's ε, 1e-5, so the estimate's scale depends on ε.
+- Batches are drawn with replacement; in their code by epochs, at whose end G may follow fewer than 5 updates of D.
+  Pictures use running statistics; in their code the batch's own.
+- RMSProp's decay 0.99 and ε = 1e-8 are those of their code; the paper names none. MNIST is in neither.
 - --width 16, 32x32, --steps 6000, for two CPU cores and minutes; the authors': 64, 64x64, 600,000 steps (figure 3).
 - Not here, though in their code: 100 critic updates in each of steps 1 to 25, 501, 1001, ...
-The log's wasserstein is at most K times the distance, and K is not known."""
+The log's wasserstein is at most K times the distance, K unknown (and with batch norm in D not even quite that)."""
 import json
 import os
 import re

@@ -9,14 +9,14 @@ weights; here D pays where the norm of its gradient, at random points between re
 
 Differs from the paper, or from its authors' code:
 - Networks: those of the first WGAN's code, on 32x32 pixels in [-1, 1], but the critic has biases and no norm; §4
-  recommends layer norm. The authors' differ: for MNIST 5x5 kernels, 28x28 pixels in [0, 1], biases, not norm, in G.
+  prefers layer norm. The authors' for MNIST: 5x5 kernels, 28x28 pixels in [0, 1], biases and no norm in D and G.
 - --width 16, --steps 4000, for two CPU cores and minutes; WGAN's have width 64, the authors took 100,000 steps for
-  32x32 pixels (appendix B), 200,000 in their code.
+  32x32 pixels (appendix B), 200,000 in most of their code.
 - Initialisation: torch's; the authors': uniform He/Glorot, in their DCGAN of deviation 0.02; biases 0.
 - z has 100 dimensions, as in WGAN's code (theirs: 128); m = 64, as in most of their scripts (MNIST: 50).
 - Batches are drawn with replacement, not by epochs; pictures use running statistics, theirs the batch's own.
 - β₁ = 0, as Algorithm 1 says; 0.5 in appendix E and in most of the authors' scripts.
-The log's wasserstein is 1 + W/(2λ) times the distance W if D is best: the penalty is soft. §5.6 plots -L_D."""
+The log's wasserstein is about 1 + W/(2λ) times the distance W: the penalty is soft. §5.6 plots -L_D, not this."""
 import json
 import os
 import re
