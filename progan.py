@@ -8,18 +8,19 @@ loss is any GAN's; here, as in the paper's main results, WGAN-GP's with one crit
     L = D(x_tilde) - D(x) + λ/γ² (‖∇_x_hat D(x_hat)‖₂ - γ)² + ε_drift D(x)²      (WGAN-GP; A.1; γ: §6.5)
 
 Differs from the paper, or from its authors' code:
-- The gradient of the penalty is taken in pixels of the last resolution, as in their code, which enlarges all images
-  to it. The paper does not say; in the current resolution's pixels the norm would halve whenever a fade begins.
-- Adam is reset when a fade begins and when it ends: the authors' code; the paper does not say.
+- The norm in the penalty is of the gradient by pixels of the last resolution, as in their code, which enlarges all
+  images to it. The paper does not say; by the current resolution's pixels it would halve whenever a fade begins.
+- Adam is reset when a fade begins and when it ends: their code; the paper does not say.
 - Weights are multiplied by He's constant (§4.1 divides by it); gain 1 in toRGB and in D's last layer: their code.
-- Pixel norm after every layer of G but toRGB (§4.2, their code; A.1: after every 3x3), and on the latents.
-- Minibatch standard deviation over the minibatch (§3) of each process; in their later code over groups of 4, or 16.
-- D's last layer but one has as many feature maps as those at 4x4; in their code fmap_base, but at most fmap_max.
-- The average of G includes the newest update; in their later code it lags by one.
-- Lower resolutions are averages of the batch's pixels, not stored, and so not rounded to 8 bits.
-- With k processes (torchrun) each takes 1/k of the minibatch, rounded up (their later code: down).
-- Not here: labels, mirrored images, epochs, a lower lr for the first 40 thousand images, a higher one for more
-  processes, more steps at the end."""
+- Pixel norm after every layer of G but toRGB (§4.2, their code; A.1: after every 3x3), and on the latents (code).
+- D averages 2x2 after the activation (table 2; their later code: before it). Its last layer but one has as many
+  feature maps as 4x4 has; theirs fmap_base, but at most fmap_max, which by default is the same.
+- Minibatch standard deviation over the minibatch (§3) of each process; their later code: over groups of 4 (or 16).
+- With k processes (torchrun) each takes 1/k of the minibatch, rounded up; the deviation of a single image says nothing.
+- The average of G includes the newest update; theirs lags by one. Lower resolutions are not rounded to 8 bits.
+- The numbers are A.1's. Their later code's: phases of 600 thousand images, minibatches of 128 to 4, a higher lr
+  at high resolutions. Their runs go on at the last resolution, to 19 million images in all (here --steps).
+- Not here: labels, mirrored images, drawing without replacement, a lower lr for the first 40 thousand images."""
 import copy
 import json
 import os
