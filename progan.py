@@ -16,7 +16,7 @@ Differs from the paper, or from its authors' code:
 - D averages 2x2 after the activation (table 2; their later code: before it). Its last layer but one has as many
   feature maps as 4x4 has; theirs fmap_base, but at most fmap_max, which by default is the same.
 - Minibatch standard deviation over the minibatch (§3) of each process; their later code: over groups of 4 (or 16).
-- With k processes (torchrun) each takes 1/k of the minibatch, rounded up; the deviation of a single image says nothing.
+- With k processes (torchrun) each takes 1/k of the minibatch, rounded up; a single image has no deviation.
 - The average of G includes the newest update; theirs lags by one. Lower resolutions are not rounded to 8 bits.
 - The numbers are A.1's. Their later code's: phases of 600 thousand images, minibatches of 128 to 4, a higher lr
   at high resolutions. Their runs go on at the last resolution, to 19 million images in all (here --steps).
