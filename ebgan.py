@@ -8,7 +8,7 @@ images and raises it for generated ones, up to a margin m; G lowers it. The pull
 
 Differs from the paper (authors' code: none found; of the appendix only quotations):
 - No experiment of the paper has all this: lr 0.001, margin 10 are of fully connected networks on MNIST (§4.1); D's
-  layers at --width 64 (appendix C) and 0.1 (F) of 64x64 images, margins 80, 20. C, as quoted, has ReLU, N(0, 0.002)
+  layers at --width 64 (appendix C) and pt 0.1 (F) of 64x64 images, margins 80, 20. C, as quoted: ReLU, N(0, 0.002)
   in D. WGAN's: G, N(0, 0.02), the encoder's LeakyReLU. Ours: the decoder's, Adam's β, batch size, --width, --steps.
 - The paper prints ‖·‖ without 2. Enc(x) is the whole last map. z ~ N(0, 1): §2's example; (1), (2) share one z."""
 import json

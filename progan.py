@@ -16,10 +16,10 @@ Differs from the paper, or from its authors' code:
 - D averages 2x2 after the activation (table 2; their later code: before it). Its last layer but one has as many
   feature maps as 4x4 has; theirs fmap_base, but at most fmap_max, which by default is the same.
 - Minibatch standard deviation over the minibatch (§3) of each process; their later code: over groups of 4 (or 16).
-- With k processes (torchrun) each takes 1/k of the minibatch, rounded up; a single image has no deviation.
+- With k processes (torchrun) each takes 1/k of the minibatch, rounded up; a single image's deviation says nothing.
 - The average of G includes the newest update; theirs lags by one. Lower resolutions are not rounded to 8 bits.
 - The numbers are A.1's. Their later code's: phases of 600 thousand images, minibatches of 128 to 4, a higher lr
-  at high resolutions. Their runs go on at the last resolution, to 19 million images in all (here --steps).
+  at high resolutions. Their runs go on at the last resolution, to 12 to 19 million images in all (here --steps).
 - Not here: labels, mirrored images, drawing without replacement, a lower lr for the first 40 thousand images."""
 import copy
 import json
@@ -207,7 +207,7 @@ def train(
     theta, w = ([p for p in net.parameters() if p.requires_grad] for net in (G, D))     # inputs=w: ∇_w, no more
     opt_G = torch.optim.Adam(theta, lr, (beta1, beta2), eps=1e-8, fused=True)
     opt_D = torch.optim.Adam(w, lr, (beta1, beta2), eps=1e-8, fused=True)
-    m = {4 * 2 ** k: ceil((batch_size or n) / world) for k, n in enumerate([16] * 6 + [14, 6, 3])}          # A.1
+    m = {4 * 2 ** k: ceil((batch_size or n) / world) for k, n in enumerate([16] * 6 + [14, 6, 3])}    # A.1: 16 to 3
     P_r = batches(images, m[4], device)
     resolutions = [4 * 2 ** ((phase + 1) // 2) for phase in range(2 * int(log2(size)) - 3)]     # 4, 8, 8, 16, ...
     config["steps"] = steps or sum(ceil(1000 * kimg / (world * m[resolution])) for resolution in resolutions)
@@ -228,7 +228,7 @@ def train(
         D_x_tilde = D(x_tilde, resolution, alpha)                   # code    real and generated images apart: each
         D_x = D(x, resolution, alpha)                               #         minibatch has its standard deviation
         norm = grad_norm(D, x_hat, resolution, alpha)
-        penalty = (norm * resolution / size - gamma) ** 2           # code    norm in the last resolution's pixels
+        penalty = (norm * resolution / size - gamma) ** 2           # code    ∇ by the last resolution's pixels
         L = (D_x_tilde - D_x                                        # WGAN-GP L ← D(x_tilde) − D(x)
              + lam / gamma ** 2 * penalty                           # §6.5        + λ/γ² (‖∇_x_hat D(x_hat)‖₂ − γ)²
              + drift * D_x ** 2)                                    # A.1         + ε_drift D(x)²
