@@ -69,10 +69,9 @@ def test_two_iterations_of_wgan_equal_numpy(monkeypatch, changed):
     G, D = wgan.train(**changed, steps=2, nz=3, device="cpu", out="run", save_every=1)
 
     k = dict(lr=5e-5, c=0.01, n_critic=5, batch_size=64) | changed
-    theta, w = LinearGenerator.start, QuadraticCritic.start
+    theta, w, rows = LinearGenerator.start, QuadraticCritic.start, []
     real, latent = drawn.real(), drawn["randn"]
     opt_G, opt_D = RMSProp(), RMSProp()
-    rows = []
     for _ in range(2):
         for _ in range(k["n_critic"]):
             x, x_tilde = next(real), image(theta, next(latent))
@@ -105,10 +104,9 @@ def test_two_iterations_of_wgan_gp_equal_numpy(monkeypatch, changed, shape):
     G, D = wgan_gp.train(**changed, steps=2, nz=3, device="cpu", out="run", save_every=1)
 
     k = dict(lam=10.0, n_critic=5, lr=1e-4, beta1=0.0, beta2=0.9, batch_size=64) | changed
-    theta, w = LinearGenerator.start, QuadraticCritic.start
+    theta, w, rows = LinearGenerator.start, QuadraticCritic.start, []
     real, latent, uniform = drawn.real(), drawn["randn"], drawn["rand"]
     opt_G, opt_D = (Adam(k["lr"], k["beta1"], k["beta2"]) for _ in range(2))
-    rows = []
     for _ in range(2):
         for _ in range(k["n_critic"]):
             x, x_tilde, eps = next(real), image(theta, next(latent)), next(uniform).reshape(k["batch_size"], 1)
@@ -145,10 +143,9 @@ def test_two_iterations_of_lsgan_equal_numpy(monkeypatch, changed):
     G, D = lsgan.train(**changed, steps=2, nz=3, device="cpu", out="run", save_every=1)
 
     k = dict(a=0.0, b=1.0, c=1.0, lr=2e-4, beta1=0.5, beta2=0.999, batch_size=64) | changed
-    theta, w = LinearGenerator.start, QuadraticCritic.start
+    theta, w, rows = LinearGenerator.start, QuadraticCritic.start, []
     real, latent = drawn.real(), drawn["randn"]
     opt_G, opt_D = (Adam(k["lr"], k["beta1"], k["beta2"]) for _ in range(2))
-    rows = []
     for _ in range(2):
         x, z = next(real), next(latent)                     # one z a step
         x_tilde = image(theta, z)
@@ -203,10 +200,9 @@ def test_three_iterations_of_ebgan_equal_numpy(monkeypatch, changed):
     G, D = ebgan.train(**changed, steps=3, nz=3, device="cpu", out="run", save_every=1)
 
     k = dict(margin=10.0, pt=0.1, lr=1e-3, beta1=0.5, beta2=0.999, batch_size=64) | changed
-    theta, w = LinearGenerator.start, LinearAutoencoder.start
+    theta, w, rows = LinearGenerator.start, LinearAutoencoder.start, []
     real, latent = drawn.real(), drawn["randn"]
     opt_G, opt_D = (Adam(k["lr"], k["beta1"], k["beta2"]) for _ in range(2))
-    rows = []
     for _ in range(3):
         x, z = next(real), next(latent)                     # one z a step
         x_tilde, row = image(theta, z), {}

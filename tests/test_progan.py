@@ -214,9 +214,11 @@ def test_a_run_grows_and_ends_by_itself_and_continuing_is_exact():
 JOB = f"""
 import sys; sys.path.insert(0, {str(Path(progan.__file__).parent)!r})
 import torch, progan
-G, D = progan.train(**{TINY!r} | dict(dataset="photos", root="root", digit=None, out="whole"))
-rank = progan.dist.get_rank()
-torch.save([[p.detach() for p in (*G.parameters(), *D.parameters())], torch.randn(1000)], f"weights{{rank}}.pt")
+drawn, randn = [], torch.randn
+torch.randn = lambda *args, **kwargs: drawn.append(randn(*args, **kwargs)) or drawn[-1]
+G, D = progan.train(**{TINY!r} | dict(kimg=0.032, dataset="photos", root="root", digit=None, out="whole"))
+rank, z = progan.dist.get_rank(), torch.cat([each.flatten() for each in drawn if each.shape == (2, 8)])
+torch.save([[p.detach() for p in (*G.parameters(), *D.parameters())], z], f"weights{{rank}}.pt")
 a, b, c = (torch.zeros(2, k) for k in (1, 2, 3))
 a.grad, b.grad = torch.full((2, 1), 1.0 + rank), torch.tensor([[1.0, 2.0], [3.0, 4.0]]) * (2 * rank)
 progan.average_gradients([a, b, c])
@@ -232,12 +234,12 @@ def test_two_processes_train_as_one_and_only_the_first_writes():
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "job.py"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    (a, noise_a), (b, noise_b) = (torch.load(f"weights{rank}.pt") for rank in range(2))
+    (a, drawn_a), (b, drawn_b) = (torch.load(f"weights{rank}.pt") for rank in range(2))
     assert all(map(torch.equal, a, b))
-    assert torch.isin(noise_a, noise_b).sum() < 5           # other noise
+    assert len(drawn_a) == len(drawn_b) > 1000 and torch.isin(drawn_a, drawn_b).sum() < 5       # other noise
     saved = read("whole")
-    assert saved["rows"][-1]["step"] == 20 and saved["G_ema"]["shown"] == 20 * 4
-    for said in ("a new run", "decoding", "step 20 "):      # by the first
+    assert saved["rows"][-1]["step"] == 40 and saved["G_ema"]["shown"] == 40 * 4
+    for said in ("a new run", "decoding", "step 40 "):      # by the first
         assert sum(said in line for line in done.stdout.splitlines()) == 1
     with pytest.raises(ValueError, match="processes 2, not 1"):
-        progan.train(**TINY | dict(dataset="photos", root="root", digit=None), out="whole", steps=21)
+        progan.train(**TINY | dict(kimg=0.032, dataset="photos", root="root", digit=None), out="whole", steps=41)
